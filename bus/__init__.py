@@ -1,0 +1,1 @@
+"""What joins the processors: messages, links, membership, memory and records. Imports nothing of ours."""

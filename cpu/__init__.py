@@ -1,0 +1,1 @@
+"""One logical processor: VMX unit, local APIC, step loop and the process around it. Imports `bus`."""

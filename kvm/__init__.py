@@ -1,0 +1,1 @@
+"""KVM's VMCS tracking, vCPU threads, the scheduling process and the whole machine. Imports every room."""
