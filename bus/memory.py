@@ -39,7 +39,7 @@ class PhysicalMemory:
     An address outside reads as all ones and ignores writes, as a bus with no device behind it does.
     """
 
-    def __init__(self, buffer: mmap.mmap | bytearray, fd: int | None = None) -> None:
+    def __init__(self, buffer: mmap.mmap, fd: int | None = None) -> None:
         self.size = len(buffer)
         self.fd = fd
         self._buffer = buffer
@@ -49,7 +49,7 @@ class PhysicalMemory:
     @classmethod
     def private(cls, size: int) -> PhysicalMemory:
         """Memory of one process only, for machines that are stepped in one process and for tests."""
-        return cls(bytearray(size))
+        return cls(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
     @classmethod
     def create(cls, size: int) -> PhysicalMemory:
@@ -68,8 +68,7 @@ class PhysicalMemory:
         """Unmap; the memory goes when its last mapping does."""
         self._words.release()
         self._bytes.release()
-        if isinstance(self._buffer, mmap.mmap):
-            self._buffer.close()
+        self._buffer.close()
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None

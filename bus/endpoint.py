@@ -1,0 +1,378 @@
+"""One process on the bus: its inbox, its outgoing sockets and the timer, around the links of `bus.peers`.
+
+Sockets go one way. The inbox (PULL) is only ever received from and has no receive limit, because a full ipc inbox loses
+silently when its sender closes. Each peer that is spoken to gets a PUSH, connected at the first send and kept among the
+most recently used. What a socket loses all the same, the links resend.
+
+zmq's descriptor is edge-triggered: it says "look again", and any call into the socket may use the signal up. So: look
+at EVENTS first, wait for the descriptor only if there is nothing, and *while one task watches the descriptor nobody
+else reads the inbox*. A message that was read stays in the links until it is handed over: cancellation cannot lose it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from time import monotonic_ns
+
+import msgspec
+import trio
+import zmq
+
+from bus.clock import LamportClock
+from bus.link import NEVER, Completion, Delivery, Identity
+from bus.messages import Body
+from bus.peers import Peers
+
+BATCH = 256
+"""Frames read from the inbox at once."""
+
+CONNECTIONS = 64
+"""Outgoing sockets kept open; a connection costs about 70 KB at its two ends together."""
+
+ADDRESS_LIMIT = 107
+"""Bytes of a Unix socket path (`sun_path` of unix(7), without its NUL)."""
+
+HEAD = 64
+"""Bytes of a refused frame that are reported."""
+
+_LINGER_MS = 250
+_RECONNECT_MS = 10
+_RECONNECT_AT_MOST_MS = 1000
+
+# As plain integers: an enum member costs a conversion at each call.
+_EVENTS = int(zmq.EVENTS)
+_POLLIN = int(zmq.POLLIN)
+_NOBLOCK = int(zmq.NOBLOCK)
+
+OnRefused = Callable[[str, bytes], None]
+
+
+class Statistics(msgspec.Struct, frozen=True):
+    """Counts since the endpoint was opened, over all links, dead ones too."""
+
+    sent: int
+    """Messages given to `send`."""
+    acknowledged: int
+    """Of these, taken by the owner at the other end."""
+    dead: int
+    """Of these, completed by the death of their target."""
+    unacknowledged: int
+    """Of these, neither."""
+    oldest_unacknowledged_ns: int
+    """Nanoseconds that the oldest message on the wire has waited for its acknowledgement."""
+    delivered: int
+    """Messages handed to the owner."""
+    deliverable: int
+    """Messages read and in order, but not yet handed over."""
+    resent: int
+    """Frames transmitted again."""
+    duplicates: int
+    """Frames that came again."""
+    reordered: int
+    """Frames that came before an earlier one."""
+    refused: dict[str, int]
+    """Frames dropped, by `Refusal`."""
+    connections: int
+    """Outgoing sockets open now."""
+    connected: int
+    """Outgoing sockets opened in all."""
+    wakeups: int
+    """Times that a task of this endpoint woke up, for the inbox or for the timer."""
+
+
+def socket_path(directory: str, node: str) -> str:
+    """Where the inbox of `node` is bound; `ValueError` if a Unix socket address cannot hold it."""
+    path = f"{directory}/{node}"
+    if len(path.encode()) > ADDRESS_LIMIT:
+        raise ValueError(
+            f"the socket path {path} has {len(path.encode())} bytes, more than {ADDRESS_LIMIT}: use a shorter directory"
+        )
+    return path
+
+
+class Endpoint:
+    """Made by `open_endpoint`. Belongs to one trio program; no method may be called from another thread."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        directory: str,
+        key: bytes,
+        clock: LamportClock,
+        on_refused: OnRefused,
+        connections: int,
+    ) -> None:
+        self.identity = identity
+        self._directory = directory
+        self.clock = clock
+        self._on_refused = on_refused
+        self._limit = connections
+        self._peers = Peers(identity, key)
+        path = socket_path(directory, identity.node)
+        self._context = zmq.Context(io_threads=1)
+        self._context.set(zmq.MAX_SOCKETS, 16 * connections + 64)  # closed ones that linger count too
+        self._outgoing: OrderedDict[str, zmq.Socket[bytes]] = OrderedDict()
+        self._inbox: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
+        self._inbox.set(zmq.RCVHWM, 0)
+        try:
+            self._inbox.bind(f"ipc://{path}")
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise OSError(error.errno, f"cannot bind the inbox: {error.strerror}", path) from None
+        self._descriptor = int(self._inbox.get(zmq.FD))
+        self._watched = False
+        self._looked = trio.lowlevel.ParkingLot()
+        self._flushing: set[trio.CancelScope] = set()
+        self._timer = trio.CancelScope()
+        self._timer_at = NEVER
+        self._connected = 0
+        self._wakeups = 0
+
+    # Sending
+
+    def send(self, node: str, body: Body) -> str:
+        """Send `body` to the incarnation of `node` that membership names (1 if none yet). Never blocks.
+
+        Returns the message id; `completion` tells what became of it. To a node that is dead nothing is sent and the
+        message is complete at once. Raises `ValueError` if the frame or the target's socket path would be too long.
+        """
+        if node not in self._outgoing:
+            socket_path(self._directory, node)
+        now = monotonic_ns()
+        message_id = self._peers.send(node, body, self.clock.tick(), now)
+        self._post(now)
+        return message_id
+
+    def _post(self, now: int) -> None:
+        """Transmit what the links put out, and see that the timer rings in time."""
+        peers = self._peers
+        if peers.outbox:
+            for node, frame in peers.outbox:
+                self._transmit(frame, node)
+            peers.outbox.clear()
+        if peers.due < self._timer_at:
+            self._timer_at = peers.due
+            self._timer.deadline = trio.current_time() + max(0, peers.due - now) / 1e9
+
+    def _transmit(self, frame: bytes, peer: str) -> None:
+        """The one place where a frame leaves this process. It may get lost from here on; the links resend."""
+        socket = self._outgoing.get(peer)
+        if socket is None:
+            socket = self._connect(peer)
+        else:
+            self._outgoing.move_to_end(peer)
+        try:  # contextlib.suppress costs as much as the call inside  # noqa: SIM105
+            socket.send(frame, _NOBLOCK)
+        except zmq.Again:
+            pass
+
+    def _connect(self, peer: str) -> zmq.Socket[bytes]:
+        path = socket_path(self._directory, peer)
+        while len(self._outgoing) >= self._limit:
+            self._outgoing.popitem(last=False)[1].close(linger=_LINGER_MS)
+        socket: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
+        socket.set(zmq.SNDHWM, 0)
+        socket.set(zmq.RECONNECT_IVL, _RECONNECT_MS)
+        socket.set(zmq.RECONNECT_IVL_MAX, _RECONNECT_AT_MOST_MS)
+        socket.connect(f"ipc://{path}")
+        self._outgoing[peer] = socket
+        self._connected += 1
+        return socket
+
+    # Receiving
+
+    def drain_nowait(self, limit: int = BATCH) -> list[Delivery]:
+        """Everything deliverable now, at most `limit`, in order per link; moves the clock past each message.
+
+        What is returned is acknowledged at the next call of a receiving method or of `flush`, or when the caller has
+        given trio its turn for a while: handle it before, and no acknowledgement is untrue.
+        """
+        now = monotonic_ns()
+        peers = self._peers
+        peers.take()
+        if not self._watched and len(peers.deliverable) < limit and self._readable():
+            self._read(limit - len(peers.deliverable), now)
+        batch = peers.hand_over(limit, now) if peers.deliverable else []
+        clock = self.clock
+        for delivery in batch:
+            clock.merge(delivery.clock)
+            clock.tick()
+        self._post(now)
+        return batch
+
+    async def wait(self) -> None:
+        """Until a drain may return something. May be cancelled: nothing is lost."""
+        peers = self._peers
+        peers.take()
+        self._post(monotonic_ns())
+        if peers.deliverable:
+            await trio.lowlevel.checkpoint()
+            return
+        while not peers.deliverable:
+            await self._look()
+
+    async def receive(self) -> Delivery:
+        """The next message. May be cancelled: nothing is lost."""
+        while True:
+            await self.wait()
+            if batch := self.drain_nowait(1):
+                return batch[0]
+
+    async def _look(self) -> None:
+        """Read the inbox once, when there is something in it; or wait until another task has."""
+        if self._watched:
+            await self._looked.park()
+            return
+        self._watched = True
+        try:
+            if self._readable():
+                await trio.lowlevel.checkpoint()
+            else:
+                await trio.lowlevel.wait_readable(self._descriptor)
+                self._wakeups += 1
+        finally:
+            self._watched = False
+            self._looked.unpark_all()
+        now = monotonic_ns()
+        self._read(BATCH, now)
+        self._post(now)
+
+    def _readable(self) -> bool:
+        return bool(int(self._inbox.get(_EVENTS)) & _POLLIN)
+
+    def _read(self, limit: int, now: int) -> None:
+        """Move up to `limit` frames from the inbox into the links."""
+        inbox, receive = self._inbox, self._peers.receive
+        for n in range(limit):
+            # To run into the empty inbox costs as much as two looks at EVENTS: look once, after the first frame.
+            if n == 1 and not self._readable():
+                return
+            try:
+                frame = inbox.recv(_NOBLOCK)
+            except zmq.Again:
+                return
+            refusal = receive(frame, now)
+            if refusal is not None:
+                self._on_refused(refusal, frame[:HEAD])
+
+    # Membership and completion
+
+    def member(self, node: str, incarnation: int, state: str) -> list[str]:
+        """Apply a membership record: `state` is online, offline or dead; `ValueError` on another word.
+
+        A new incarnation gets a new link; a dead one is spoken with no more and its frames are refused. Returns the ids
+        of the messages that now complete as dead.
+        """
+        peers = self._peers
+        before = peers.incarnation(node)
+        lost = peers.member(node, incarnation, state)
+        if before is not None and peers.incarnation(node) != before and node in self._outgoing:
+            self._outgoing.pop(node).close(linger=0)
+        if lost:
+            for scope in self._flushing:
+                scope.cancel()
+        return lost
+
+    def completion(self, message_id: str) -> Completion:
+        """What became of a message sent from here; `KeyError` if there was none with this id."""
+        return self._peers.completion(message_id)
+
+    async def flush(self) -> None:
+        """Until every message sent so far or meanwhile is acknowledged, or its target dead. May be cancelled.
+
+        Meanwhile what arrives is acknowledged before it is handed over; otherwise two that flush would wait for each
+        other for ever.
+        """
+        await trio.lowlevel.checkpoint()
+        while self._peers.unacknowledged:
+            now = monotonic_ns()
+            self._peers.take_unseen(now)
+            self._post(now)
+            with trio.CancelScope() as scope:  # cancelled when a death completes messages
+                self._flushing.add(scope)
+                try:
+                    await self._look()
+                finally:
+                    self._flushing.discard(scope)
+
+    def statistics(self) -> Statistics:
+        """The counts now."""
+        peers = self._peers
+        return Statistics(
+            sent=peers.total("sent"),
+            acknowledged=peers.total("acknowledged"),
+            dead=peers.dead,
+            unacknowledged=peers.unacknowledged,
+            oldest_unacknowledged_ns=peers.oldest(monotonic_ns()),
+            delivered=peers.delivered,
+            deliverable=len(peers.deliverable),
+            resent=peers.total("resent"),
+            duplicates=peers.total("duplicates"),
+            reordered=peers.total("reordered"),
+            refused=dict(peers.refused),
+            connections=len(self._outgoing),
+            connected=self._connected,
+            wakeups=self._wakeups,
+        )
+
+    # Time and the end
+
+    async def _keep_time(self) -> None:
+        """Acknowledge and resend in time. Sleeps for good while nothing is outstanding."""
+        peers = self._peers
+        while True:
+            due = self._timer_at = peers.due
+            deadline = trio.current_time() + (due - monotonic_ns()) / 1e9 if due < NEVER else float("inf")
+            with trio.CancelScope(deadline=deadline) as self._timer:
+                await trio.sleep_forever()
+            self._wakeups += 1
+            now = monotonic_ns()
+            if not self._watched and len(peers.deliverable) < BATCH and self._readable():
+                self._read(BATCH, now)  # acknowledgements may lie there unread
+            peers.tick(now)
+            self._post(now)
+
+    def _settle(self) -> None:
+        """The owner leaves in good order: it took all that it was handed."""
+        now = monotonic_ns()
+        self._peers.take()
+        self._peers.settle()
+        self._post(now)
+
+    def _close(self) -> None:
+        """Free the sockets; waits a moment for frames that are on their way."""
+        self._context.destroy(linger=_LINGER_MS)
+
+
+@contextlib.asynccontextmanager
+async def open_endpoint(
+    identity: Identity,
+    directory: str,
+    key: bytes,
+    clock: LamportClock,
+    on_refused: OnRefused,
+    connections: int = CONNECTIONS,
+) -> AsyncIterator[Endpoint]:
+    """Bind the inbox `directory/node` and run the endpoint inside the block.
+
+    `key` has 16 bytes and is the same in all processes of the run. `on_refused` gets the `Refusal` and the first bytes
+    of each frame that was dropped. `connections` caps the outgoing sockets. Messages that are not acknowledged when the
+    block ends may be lost: `flush` first. The zmq context is made here, so open it after the process was forked.
+
+    Raises `ValueError` if the socket path or the key has the wrong length, `OSError` if the inbox cannot be bound.
+    """
+    endpoint = Endpoint(identity, directory, key, clock, on_refused, connections)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(endpoint._keep_time)
+            yield endpoint
+            endpoint._settle()
+            nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        if len(group.exceptions) == 1:  # the owner's own exception, which the nursery wrapped
+            raise group.exceptions[0] from None
+        raise
+    finally:
+        endpoint._close()

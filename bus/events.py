@@ -1,0 +1,223 @@
+"""The event table: what a record may say. Writers, the analyzer and the docs share it.
+
+Each line of a record file is one JSON object. Common fields of every record:
+
+    ts      monotonic clock of the machine it was written on, ns
+    clock   Lamport time of the event
+    node    who wrote it: "launcher", "kvm", "seamldr", "cpu0", "cpu1", ...
+    pid     process id
+    seq     number of the record in its file, from 1
+    event   name, one of EVENTS
+
+Records of a CPU also have `ctx`, the context that ran: "vcpu3", "td1", "stopper", "kworker", "reader", "idle", or "irq" and
+"nmi" while a handler runs on top of one of these; and `irqs`, RFLAGS.IF at that moment.
+
+Physical addresses and registers are integers; NONE (2**64 - 1) is "no VMCS". A VMX `result` is "ok", "invalid" (CF),
+"valid:N" (ZF, error N) or "fault:V" (exception vector V).
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+NONE = 0xFFFF_FFFF_FFFF_FFFF
+
+
+class Event(msgspec.Struct, frozen=True):
+    """One kind of record: a sentence, its fields with their meaning, and whether it is written only with --trace."""
+
+    sentence: str
+    fields: dict[str, str]
+    trace: bool = False
+
+
+_VMCS = {"vmcs": "physical address of the VMCS region"}
+_RESULT = {"result": "outcome of the instruction"}
+_CUR = {"cur": "current-VMCS pointer before the instruction"}
+_TOKEN = {"epoch": "fencing token, high part", "number": "fencing token, low part"}
+
+EVENTS: dict[str, Event] = {
+    # The machine and its processes (written by the launcher)
+    "machine_begin": Event(
+        "The machine is described.",
+        {
+            "strategy": "name or FILE:FUNCTION",
+            "knobs": "name to value",
+            "seed": "of the workload",
+            "cpus": "how many",
+            "vcpus": "how many",
+            "tds": "how many",
+            "updates": "how many are asked for",
+        },
+    ),
+    "machine_end": Event(
+        "The workload has ended.", {"finished": "whether it came to its own end", "why": "a sentence if it did not"}
+    ),
+    "process_online": Event("A process said hello.", {"name": "its node", "incarnation": "from 1"}),
+    "process_exit": Event(
+        "A process is gone.", {"name": "its node", "status": "exit status, negative for a signal", "wanted": "asked to go"}
+    ),
+    "process_end_step": Event(
+        "A step of ending a process was taken.", {"name": "its node", "step": "ask, SIGTERM or SIGKILL"}
+    ),
+    "process_waits": Event(
+        "What a process that did not end was waiting for.",
+        {"name": "its node", "what": "a sentence", "on": "node waited for, or empty", "operations": "done so far"},
+    ),
+    # A CPU
+    "cpu_online": Event("The CPU is in VMX operation and in the online mask.", {}),
+    "cpu_offline": Event("The CPU has left the online mask.", {}),
+    "counters": Event("Totals of this CPU so far.", {"counts": "name to count, as in the summary"}),
+    "vmxon": Event("VMXON.", {"pa": "VMXON region", **_RESULT}),
+    "vmxoff": Event("VMXOFF.", {"active": "VMCSs that were active", **_RESULT}),
+    "vmptrld": Event("VMPTRLD.", {**_VMCS, **_CUR, **_RESULT, "reason": "load, restore, decoy, shadow or strategy"}),
+    "vmclear": Event("VMCLEAR.", {**_VMCS, **_CUR, **_RESULT, "reason": "clear, alloc, decoy or strategy"}),
+    "vmptrst": Event("VMPTRST.", {"value": "what it stored", **_RESULT}),
+    "vmread": Event(
+        "VMREAD. Without --trace only those that fail.",
+        {"field": "encoding", "name": "of the field", "value": "read", **_VMCS, **_RESULT},
+    ),
+    "vmwrite": Event(
+        "VMWRITE. Without --trace only those that fail.",
+        {"field": "encoding", "name": "of the field", "value": "written", **_VMCS, **_RESULT},
+    ),
+    "vmentry": Event(
+        "VMLAUNCH or VMRESUME. Without --trace the first after each load, and those that fail.",
+        {
+            "insn": "vmlaunch or vmresume",
+            "vcpu": "task number",
+            **_VMCS,
+            "want": "the VMCS that KVM means to enter",
+            "launched": "KVM's copy of the launch state",
+            **_RESULT,
+        },
+    ),
+    "cv_write": Event("current_vmcs of this CPU was stored.", {"old": "before", "new": "after"}),
+    "list_add": Event("A loaded_vmcs was put on loaded_vmcss_on_cpu.", {**_VMCS}),
+    "list_del": Event("A loaded_vmcs was taken off loaded_vmcss_on_cpu.", {**_VMCS}),
+    "cpu_store": Event("loaded_vmcs.cpu was stored.", {**_VMCS, "new": "CPU number or NONE"}),
+    "launched_store": Event("loaded_vmcs.launched was stored.", {**_VMCS, "new": "0 or 1"}),
+    "vcpu_create": Event("A vCPU has its VMCS.", {"vcpu": "task number", **_VMCS}),
+    "vcpu_destroy": Event("A vCPU's VMCS is freed.", {"vcpu": "task number", **_VMCS}),
+    "vcpu_load": Event(
+        "vmx_vcpu_load_vmcs has ended.",
+        {
+            "vcpu": "task number",
+            **_VMCS,
+            "via": "load, sched_in or switch",
+            "skipped": "VMPTRLD was skipped: current_vmcs named this VMCS already",
+            "migrated": "it was not active here before",
+        },
+    ),
+    "vcpu_put": Event(
+        "The vCPU was put.",
+        {"vcpu": "task number", **_VMCS, "via": "put or sched_out", "entries": "VM entries since it was loaded"},
+    ),
+    "vcpu_dead": Event(
+        "The vCPU cannot go on: KVM_EXIT_FAIL_ENTRY or an internal error.",
+        {"vcpu": "task number", **_VMCS, "why": "a sentence", "hardware_reason": "VM-instruction error, 0 if none"},
+    ),
+    "wrong_data": Event(
+        "A field or the guest's state is not what this vCPU's software copy says.",
+        {"vcpu": "task number", **_VMCS, "what": "field name", "expected": "value", "got": "value"},
+    ),
+    "irq_enter": Event("An interrupt handler starts.", {"vector": "taken"}),
+    "irq_exit": Event("An interrupt handler ends.", {"vector": "taken"}),
+    "nmi_enter": Event("The NMI handler starts.", {"cur": "current-VMCS pointer"}),
+    "nmi_exit": Event("The NMI handler ends.", {}),
+    "ipi_send": Event("An interrupt message leaves.", {"target": "CPU", "vector": "0 to 255", "nmi": "0 or 1", "id": "message"}),
+    "ipi_deliver": Event(
+        "An interrupt message has set its pending bit.",
+        {"source": "node", "vector": "0 to 255", "nmi": "0 or 1", "id": "message", "coalesced": "the bit was set already"},
+    ),
+    "csd_lock": Event(
+        "A cross-call is queued (smp_call_function_single).",
+        {"csd": "address", "call": "unique number", "target": "CPU", "func": "name", "info": "argument", "wait": "0 or 1"},
+    ),
+    "csd_run": Event("A cross-call's function has run here.", {"call": "unique number", "func": "name", "source": "CPU"}),
+    "csd_done": Event("The sender saw its cross-call complete.", {"call": "unique number"}),
+    "lock_request": Event("A lock is asked for.", {"lock": "name", "request": "number", "level": "0 task, 1 IRQ, 2 NMI"}),
+    "lock_hold": Event("The lock is held.", {"lock": "name", "request": "number", **_TOKEN, "waited_ns": "since the request"}),
+    "lock_drop": Event("The lock is given back.", {"lock": "name", **_TOKEN}),
+    "seamcall_enter": Event(
+        "SEAMCALL is executed.", {"leaf": "RAX", "name": "of the leaf", "attempt": "from 1", **_CUR, **_TOKEN}
+    ),
+    "seamcall_return": Event(
+        "SEAMCALL is over.",
+        {
+            "leaf": "RAX",
+            "name": "of the leaf",
+            "entered": "SEAM was entered",
+            "status": "RAX, or the kernel's software code",
+            "cur": "current-VMCS pointer now",
+            "lost": "VMCS that SEAMRET made not current, or NONE",
+        },
+    ),
+    "strategy_begin": Event("seamldr_call starts.", {"leaf": "RAX", "name": "of the leaf", **_CUR}),
+    "strategy_end": Event("seamldr_call has returned.", {"leaf": "RAX", "errno": "0 or negative", "cur": "pointer now"}),
+    "strategy_error": Event(
+        "seamldr_call broke its contract.", {"error": "what is wrong", "where": "FILE:LINE, or empty"}
+    ),
+    "admin_begin": Event("A request of user space starts.", {"request": "number", "kind": "read_version or install"}),
+    "admin_end": Event(
+        "A request of user space has ended.",
+        {"request": "number", "kind": "read_version or install", "errno": "0 or negative", "text": "what was read or said"},
+    ),
+    "update_begin": Event("Update control is reset.", {"update": "number", "online": "CPUs that take part"}),
+    "state_enter": Event("A CPU starts the work of a stage.", {"update": "number", "state": "name"}),
+    "ack": Event(
+        "A CPU acknowledges a stage.",
+        {"update": "number", "state": "name", "ret": "errno", "num_ack": "count after", "num_failed": "count after"},
+    ),
+    "state_advance": Event("The stage advances.", {"update": "number", "state": "new stage"}),
+    "update_end": Event("stop_machine has returned.", {"update": "number", "ret": "errno"}),
+    "update_refused": Event("An update was refused before it began.", {"errno": "negative", "why": "a sentence"}),
+    "module_init_flag": Event("The kernel's view of the module changed.", {"initialized": "0 or 1", "version": "x.y.zz"}),
+    "td_enter": Event(
+        "TDH.VP.ENTER has returned. Without --trace the first after each load, and those that fail.",
+        {"vcpu": "task number", "td": "number", "status": "RAX", "counter": "the guest's counter"},
+    ),
+    "td_flush": Event("TDH.VP.FLUSH has returned.", {"vcpu": "task number", "status": "RAX"}),
+    "warn": Event("A kernel warning with stack.", {"text": "what it says"}),
+    "log": Event("A kernel log line.", {"text": "what it says"}),
+    # The lock service and the SEAM side (written by the seamldr process)
+    "lock_queue": Event(
+        "A request reached the service.",
+        {"lock": "name", "by": "CPU", "request": "number", "level": "0, 1 or 2", "depth": "requests now queued or granted"},
+    ),
+    "lock_grant": Event(
+        "The service grants a lock.",
+        {"lock": "name", "to": "CPU", "request": "number", **_TOKEN, "waited_ns": "in the queue", "holders": "holders now"},
+    ),
+    "lock_release": Event(
+        "The service got a lock back.", {"lock": "name", "by": "CPU", **_TOKEN, "stale": "the token was not the holder's"}
+    ),
+    "lock_withdraw": Event(
+        "A request or grant ended because its CPU is dead.", {"lock": "name", "by": "CPU", "request": "number"}
+    ),
+    "seam_enter": Event(
+        "A SEAMCALL reached the platform.",
+        {
+            "by": "CPU",
+            "leaf": "RAX",
+            "name": "of the leaf",
+            "admitted": "SEAM was entered",
+            "alive": "P-SEAMLDR or the module is there at all",
+            "inside": "CPUs inside P-SEAMLDR now",
+            **_TOKEN,
+            "holder_epoch": "token of the holder of seamldr_lock, 0 if none",
+            "holder_number": "token of the holder of seamldr_lock, 0 if none",
+        },
+    ),
+    "seam_return": Event(
+        "SEAM is left.", {"by": "CPU", "leaf": "RAX", "name": "of the leaf", "status": "RAX", "inside": "left inside"}
+    ),
+    "seam_dead": Event("A CPU died inside SEAM, or its firmware hit a fatal error.", {"by": "CPU", "why": "a sentence"}),
+    # The KVM process
+    "task_place": Event("A task is put on a CPU.", {"task": "number", "cpu": "number"}),
+    "task_move": Event("A task is asked to move.", {"task": "number", "to": "CPU"}),
+    "request": Event("User space asks for something.", {"request": "number", "kind": "read_version or install", "cpu": "number"}),
+    # Any process
+    "refused": Event("A frame on the bus was refused.", {"reason": "a word", "head": "first bytes, hex"}),
+    "broken": Event("A process met a bug of its own.", {"error": "what it is"}),
+}

@@ -1,0 +1,282 @@
+"""Everything that may travel on the bus: one closed, tagged union, one encoder, one strict decoder.
+
+A frame is an `Envelope` around at most one body. An unknown tag, a wrong type, a frame that is too long or one without
+the run's key is refused by `decode`, whole. New fields go last and have a default; the type of a field never changes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+MAX_FRAME = 64 * 1024
+"""Longest frame in bytes that an endpoint reads."""
+
+Text = Annotated[str, Meta(max_length=4096)]
+Name = Annotated[str, Meta(min_length=1, max_length=64)]
+U8 = Annotated[int, Meta(ge=0, lt=256)]
+U32 = Annotated[int, Meta(ge=0, lt=2**32)]
+U64 = Annotated[int, Meta(ge=0)]
+"""msgspec cannot bound by 2**64; msgpack itself holds no longer integer."""
+CpuNumber = Annotated[int, Meta(ge=0, lt=4096)]
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+    """Base of every body."""
+
+
+# Life of a process and of the machine
+
+
+class Hello(Message, frozen=True, tag="hello"):
+    """A process to the launcher: its endpoint is bound and its signal handlers are in place."""
+
+    pid: U32
+
+
+class Member(Message, frozen=True, tag="member"):
+    """The launcher to all: this incarnation of a node is now `state`: online, offline or dead."""
+
+    node: Name
+    incarnation: U32
+    state: Annotated[str, Meta(pattern="^(online|offline|dead)$")]
+
+
+class Start(Message, frozen=True, tag="start"):
+    """The launcher to all: every process is online, the machine may run."""
+
+
+class Stop(Message, frozen=True, tag="stop"):
+    """The launcher to a process: bring your work to an end, then say `Stopped` and leave."""
+
+
+class Stopped(Message, frozen=True, tag="stopped"):
+    """A process to the launcher: my work has ended, my records are written."""
+
+    facts: dict[Name, int] = {}
+
+
+class Progress(Message, frozen=True, tag="progress"):
+    """The KVM process to the launcher: counts for the live display."""
+
+    facts: dict[Name, int]
+
+
+class Finished(Message, frozen=True, tag="finished"):
+    """The KVM process to the launcher: the workload of the run is done."""
+
+
+class Query(Message, frozen=True, tag="query"):
+    """The launcher to a process: what do you wait for?"""
+
+
+class Waits(Message, frozen=True, tag="waits"):
+    """Answer to `Query`: a sentence, the node waited for if one is known, and operations done so far."""
+
+    what: Text
+    on: Text
+    operations: U64
+
+
+# What processors send each other
+
+
+class Ipi(Message, frozen=True, tag="ipi"):
+    """One interrupt message: a fixed vector sets its bit in the target's IRR, an NMI is latched."""
+
+    vector: U8
+    nmi: bool = False
+
+
+class Ring(Message, frozen=True, tag="ring"):
+    """A word that you sleep on was stored: look again."""
+
+    word: U64
+
+
+# The lock service
+
+
+class LockAcquire(Message, frozen=True, tag="lock_acquire"):
+    """A CPU asks for a lock. `level`: 0 task, 1 interrupt, 2 NMI; one CPU may wait at each."""
+
+    lock: Name
+    level: U8
+    request: U64
+
+
+class LockGrant(Message, frozen=True, tag="lock_grant"):
+    """The service to a CPU: you hold it, under fencing token (epoch, number)."""
+
+    lock: Name
+    request: U64
+    epoch: U32
+    number: U64
+
+
+class LockRelease(Message, frozen=True, tag="lock_release"):
+    """The holder gives the lock back. A token that is not the holder's does nothing."""
+
+    lock: Name
+    epoch: U32
+    number: U64
+
+
+# SEAM
+
+Registers = tuple[U64, U64, U64, U64, U64, U64, U64, U64, U64, U64, U64, U64, U64]
+"""rcx, rdx, r8 to r15, rbx, rdi, rsi: `struct tdx_module_args`."""
+
+
+class Seamcall(Message, frozen=True, tag="seamcall"):
+    """A CPU executes SEAMCALL; its own checks (VMX operation, CPL) have passed.
+
+    `token` is the fencing token of seamldr_lock that this CPU holds, (0, 0) if it holds none.
+    """
+
+    call: U64
+    rax: U64
+    registers: Registers
+    epoch: U32
+    number: U64
+    interrupts_on: bool
+
+
+class SeamcallEvent(Message, frozen=True, tag="seamcall_event"):
+    """An interrupt is pending at a CPU whose SEAMCALL runs a guest: leave the guest."""
+
+    call: U64
+    nmi: bool = False
+
+
+class Seamret(Message, frozen=True, tag="seamret"):
+    """The SEAM side to the CPU: entered and returned, or `entered` False for VMfailInvalid."""
+
+    call: U64
+    entered: bool
+    rax: U64
+    registers: Registers
+
+
+# KVM, user space and the CPUs
+
+
+class RunTask(Message, frozen=True, tag="run_task"):
+    """Put a vCPU thread (its task number) on your run queue."""
+
+    task: U32
+
+
+class MoveTask(Message, frozen=True, tag="move_task"):
+    """Take the task off your run queue at its next safe place and hand it to CPU `to`."""
+
+    task: U32
+    to: CpuNumber
+
+
+class TaskMoved(Message, frozen=True, tag="task_moved"):
+    """A CPU to the KVM process: the task left me for CPU `to`, or cannot move (`moved` False)."""
+
+    task: U32
+    to: CpuNumber
+    moved: bool
+
+
+class TaskEnded(Message, frozen=True, tag="task_ended"):
+    """A CPU to the KVM process: this vCPU thread is over, for the reason given."""
+
+    task: U32
+    reason: Text
+
+
+class StopTask(Message, frozen=True, tag="stop_task"):
+    """End the task at its next safe place and destroy its vCPU."""
+
+    task: U32
+
+
+class ReadVersion(Message, frozen=True, tag="read_version"):
+    """User space reads `seamldr_version` on this CPU."""
+
+    request: U64
+
+
+class InstallModule(Message, frozen=True, tag="install_module"):
+    """User space uploaded a module image of `length` bytes into these physical pages."""
+
+    request: U64
+    length: U32
+    pages: tuple[U64, ...]
+
+
+class AdminDone(Message, frozen=True, tag="admin_done"):
+    """A CPU to the KVM process: the request ended with `errno` (0 or negative) and this text."""
+
+    request: U64
+    errno: int
+    text: Text
+
+
+Body = (
+    Hello
+    | Member
+    | Start
+    | Stop
+    | Stopped
+    | Progress
+    | Finished
+    | Query
+    | Waits
+    | Ipi
+    | Ring
+    | LockAcquire
+    | LockGrant
+    | LockRelease
+    | Seamcall
+    | SeamcallEvent
+    | Seamret
+    | RunTask
+    | MoveTask
+    | TaskMoved
+    | TaskEnded
+    | StopTask
+    | ReadVersion
+    | InstallModule
+    | AdminDone
+)
+
+
+class Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One frame. Sequence numbers belong to the pair of incarnations, not to a socket.
+
+    `sequence` counts from 1; 0 means that the frame carries nothing but an acknowledgement. `acknowledged` is the highest
+    sequence number up to which the sender has everything that the receiver sent to it.
+    """
+
+    key: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    source: Name
+    source_incarnation: U32
+    target: Name
+    target_incarnation: U32
+    sequence: U64
+    acknowledged: U64
+    clock: U64
+    body: Body | None = None
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Envelope)
+
+
+def encode(envelope: Envelope) -> bytes:
+    """The frame as bytes."""
+    return _encoder.encode(envelope)
+
+
+def decode(frame: bytes) -> Envelope:
+    """The envelope in `frame`; raises `ValueError` (msgspec.DecodeError is one) on anything that is not exactly one."""
+    if len(frame) > MAX_FRAME:
+        raise ValueError(f"frame of {len(frame)} bytes is longer than {MAX_FRAME}")
+    return _decoder.decode(frame)

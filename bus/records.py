@@ -1,0 +1,182 @@
+"""Records: one JSON Lines file a process, each line written with one system call.
+
+structlog is the interface: an event name, keyword fields, a chain of three processors. A line that `emit` has returned
+from survives SIGKILL of the process, because `os.write` has handed it to the kernel; only the line being written when
+the process dies can be torn. A process that is started again under the same node goes on in the same file: it takes the
+last sequence number and the last clock from there, and ends a torn line first.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+
+from bus.clock import LamportClock
+from bus.events import EVENTS
+
+Record = dict[str, Any]
+"""One decoded line: the common fields of `bus.events` and those of its event."""
+
+COMMON_FIELDS = frozenset(("ts", "clock", "node", "pid", "seq", "event"))
+CPU_FIELDS = frozenset(("ctx", "irqs"))
+TAIL_BYTES = 256 * 1024
+
+
+class Stamp:
+    """Processor: puts the common fields in front.
+
+    `ts` is `time.monotonic_ns()`; `clock` is a tick of the process's Lamport clock; `seq` counts from `seq` + 1.
+    """
+
+    def __init__(self, node: str, clock: LamportClock, seq: int) -> None:
+        self._node = node
+        self._clock = clock
+        self._pid = os.getpid()
+        self.seq = seq
+
+    def __call__(self, logger: Any, method: str, fields: Any) -> Any:
+        self.seq += 1
+        return {
+            "ts": time.monotonic_ns(),
+            "clock": self._clock.tick(),
+            "node": self._node,
+            "pid": self._pid,
+            "seq": self.seq,
+            "event": fields.pop("event"),
+            **fields,
+        }
+
+
+class Context:
+    """Processor: adds what `source` says about the moment (on a CPU `ctx` and `irqs`), if there is a source."""
+
+    def __init__(self) -> None:
+        self.source: Callable[[], dict[str, Any]] | None = None
+
+    def __call__(self, logger: Any, method: str, fields: Any) -> Any:
+        if self.source is not None:
+            fields.update(self.source())
+        return fields
+
+
+_encode = msgspec.json.Encoder().encode
+
+
+def render(logger: Any, method: str, fields: Any) -> bytes:
+    """Processor, the last one: the line as bytes, newline included."""
+    return _encode(fields) + b"\n"
+
+
+class FileLogger:
+    """The end of the chain: one `os.write` a line on a descriptor opened with O_APPEND."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def write(self, line: bytes) -> None:
+        """Append the line; raises `OSError` if the file system refuses."""
+        os.write(self._fd, line)
+
+
+class EventLogger(structlog.BoundLoggerBase):
+    """Bound logger with one method; there are no levels, an event is written or it is not."""
+
+    def event(self, name: str, fields: dict[str, Any]) -> None:
+        self._proxy_to_logger("write", name, **fields)
+
+
+class Recorder:
+    """Writes the records of one process. Made by `open_records`.
+
+    `context`, if set, is called for each record and gives further fields; a CPU sets it.
+    """
+
+    def __init__(self, fd: int, node: str, clock: LamportClock, seq: int, trace: bool) -> None:
+        self.tracing = trace
+        self._fd = fd
+        self._clock = clock
+        self._stamp = Stamp(node, clock, seq)
+        self._context = Context()
+        logger = structlog.wrap_logger(
+            FileLogger(fd),
+            processors=[self._stamp, self._context, render],
+            wrapper_class=EventLogger,
+            context_class=dict,
+            cache_logger_on_first_use=True,
+        )
+        self._event = logger.bind().event
+
+    @property
+    def context(self) -> Callable[[], dict[str, Any]] | None:
+        """Called for each record; its fields are added."""
+        return self._context.source
+
+    @context.setter
+    def context(self, source: Callable[[], dict[str, Any]] | None) -> None:
+        self._context.source = source
+
+    @property
+    def written(self) -> int:
+        """Sequence number of the last record."""
+        return self._stamp.seq
+
+    def emit(self, event: str, /, **fields: Any) -> int:
+        """Write a record; the Lamport time of the event."""
+        self._event(event, fields)
+        return self._clock.now
+
+    def emit_trace(self, event: str, /, **fields: Any) -> int:
+        """The Lamport time of an event that is written only if tracing was asked for."""
+        if self.tracing:
+            self._event(event, fields)
+            return self._clock.now
+        return self._clock.tick()
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+
+def open_records(path: str | Path, node: str, clock: LamportClock, trace: bool = False) -> Recorder:
+    """Open the record file at `path` for appending; call it in the process that writes, after the fork.
+
+    Raises `OSError` if the file cannot be opened.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    seq, last = _resume(fd)
+    clock.merge(last)
+    return Recorder(fd, node, clock, seq, trace)
+
+
+def _resume(fd: int) -> tuple[int, int]:
+    """Sequence number and clock of the last whole line; a torn one is ended."""
+    size = os.fstat(fd).st_size
+    tail = os.pread(fd, TAIL_BYTES, max(0, size - TAIL_BYTES))
+    if tail and not tail.endswith(b"\n"):
+        os.write(fd, b"\n")
+    for line in reversed(tail.split(b"\n")):
+        try:
+            record = msgspec.json.decode(line, type=Record)
+            return int(record["seq"]), int(record["clock"])
+        except (msgspec.DecodeError, KeyError):
+            continue
+    return 0, 0
+
+
+def complaint(record: Record) -> str | None:
+    """What is wrong with the names in a record, judged by the event table; None if nothing is."""
+    event = record.get("event")
+    if event not in EVENTS:
+        return f"unknown event {event!r}"
+    given = record.keys() - COMMON_FIELDS - CPU_FIELDS
+    wanted = EVENTS[event].fields.keys()
+    if given != wanted:
+        missing, unknown = sorted(wanted - given), sorted(given - wanted)
+        return f"{event}: fields missing {missing}, fields unknown {unknown}"
+    return None

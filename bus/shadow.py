@@ -1,0 +1,360 @@
+"""Shadow state: what the machine must have looked like, derived from its records alone.
+
+The analyzer walks through the merged history and keeps, for each CPU c, CUR(c) (the current-VMCS pointer), cv(c)
+(KVM's `current_vmcs`) and which sections it is inside; for each VMCS v, act(v) (CPUs on which it is active) and hl(v)
+(its launch state in hardware); holders and requests of locks, cross-calls on their way, and the stage of the update.
+
+CPU state is followed in the order of that CPU's own file. The death of a process is a fact about the run, not a point
+in the order: a launcher's clock may lag behind, so what a dead CPU had is dropped when its successor writes its first
+record.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from bus.events import NONE
+from bus.records import Record
+
+P_SEAMLDR = 1 << 63
+"""Bit of RAX that says: this leaf is P-SEAMLDR's."""
+
+STAGES = ("START", "SHUTDOWN", "CPU_INSTALL", "CPU_INIT", "RUN_UPDATE", "DONE")
+"""Stages of an update in their order; whatever follows DONE is the end."""
+
+
+def cpu_node(cpu: int | str) -> str:
+    """The node of a CPU that a record names by number (or by node)."""
+    return f"cpu{cpu}" if isinstance(cpu, int) else cpu
+
+
+def stage_rank(name: str) -> int:
+    """Position of a stage; the state after DONE comes last.
+
+    >>> stage_rank("SHUTDOWN") < stage_rank("DONE") < stage_rank("after DONE")
+    True
+    """
+    return STAGES.index(name) if name in STAGES else len(STAGES)
+
+
+def is_set(knob: object) -> bool:
+    """Whether a knob that is a switch is on, however it is spelled."""
+    return str(knob).lower() in ("1", "true", "on", "yes")
+
+
+class CpuShadow(msgspec.Struct):
+    """One logical processor. `cv` is None where nothing is known about `current_vmcs`."""
+
+    node: str
+    pid: int = 0
+    cur: int = NONE
+    cv: int | None = NONE
+    loading: bool = False
+    strategies: Counter[str] = msgspec.field(default_factory=Counter)
+    active: set[int] = msgspec.field(default_factory=set)
+    taken: Record | None = None
+    """The last event that left this CPU without a current VMCS."""
+    load: Record | None = None
+    """The last `vcpu_load`."""
+
+    @property
+    def quiet(self) -> bool:
+        """Not between the store of `current_vmcs` and its VMPTRLD, and not inside a strategy."""
+        return not self.loading and not self.strategies
+
+
+class VmcsShadow(msgspec.Struct):
+    """One VMCS. `launched` is None where the launch state is not known."""
+
+    active: set[str] = msgspec.field(default_factory=set)
+    launched: bool | None = False
+    activated: dict[str, Record] = msgspec.field(default_factory=dict)
+    """The VMPTRLD that made it active, by CPU."""
+    taken: Record | None = None
+    """The last event that took it away as current VMCS, or its launch state."""
+    load: Record | None = None
+    """The last `vcpu_load` of it."""
+
+
+class LockShadow(msgspec.Struct):
+    """One lock: as its service grants it, and as the CPUs see it."""
+
+    granted: dict[tuple[int, int], Record] = msgspec.field(default_factory=dict)
+    """Tokens granted and not given back, with the grant."""
+    held: dict[str, Record] = msgspec.field(default_factory=dict)
+    """Nodes that hold it, with their `lock_hold`."""
+
+
+class UpdateShadow(msgspec.Struct):
+    """One update. `acks` counts acknowledgements by stage and node."""
+
+    begin: Record
+    online: frozenset[str] | None
+    size: int
+    rank: int = 1
+    failed: int = 0
+    acks: dict[int, Counter[str]] = msgspec.field(default_factory=dict)
+    end: Record | None = None
+
+    def acknowledged(self, rank: int) -> bool:
+        """Whether every CPU that takes part has acknowledged the stage."""
+        acks = self.acks.get(rank, Counter())
+        return len(acks) == self.size if self.online is None else self.online <= acks.keys()
+
+
+class Shadow:
+    """The state after the records applied so far. `knobs` are those of `machine_begin`."""
+
+    def __init__(self, knobs: Mapping[str, Any]) -> None:
+        self.clears = str(knobs.get("seamret_launch", "preserve")) == "clear"
+        self.sweeps = str(knobs.get("seamret_scope", "current_only")) == "all_active_on_lp"
+        self.fixed = is_set(knobs.get("vmx_basic_bit60", 0))
+        self.cpus: dict[str, CpuShadow] = {}
+        self.vmcs: dict[int, VmcsShadow] = {}
+        self.locks: dict[str, LockShadow] = {}
+        self.requests: dict[tuple[str, str, int], Record] = {}
+        """Lock requests without a hold, by node, lock and request number."""
+        self.calls: dict[tuple[str, int], Record] = {}
+        """Waiting cross-calls whose sender has not seen their end, by node and call number."""
+        self.waiting: list[Record] = []
+        """What `process_waits` records told of processes that did not end."""
+        self.update: UpdateShadow | None = None
+        self.dead: set[str] = set()
+        """Nodes that ended without being asked to, at any time of the run so far."""
+        self.gone: set[str] = set()
+        """Those of them that were not started again."""
+        self.ended = False
+        """The workload has ended: what follows is the machine being taken down."""
+        self.finished: bool | None = None
+        self._apply: dict[str, Callable[[Record], None]] = {
+            name[4:]: getattr(self, name) for name in dir(self) if name.startswith("_on_")
+        }
+
+    def cpu(self, node: str) -> CpuShadow:
+        """Shadow of the CPU with this node name."""
+        found = self.cpus.get(node)
+        if found is None:
+            found = self.cpus[node] = CpuShadow(node)
+        return found
+
+    def v(self, vmcs: int) -> VmcsShadow:
+        """Shadow of the VMCS at this physical address."""
+        found = self.vmcs.get(vmcs)
+        if found is None:
+            found = self.vmcs[vmcs] = VmcsShadow()
+        return found
+
+    def lock(self, name: str) -> LockShadow:
+        """Shadow of the lock with this name."""
+        found = self.locks.get(name)
+        if found is None:
+            found = self.locks[name] = LockShadow()
+        return found
+
+    def open_update(self) -> UpdateShadow | None:
+        """The update that has begun and not ended."""
+        return self.update if self.update is not None and self.update.end is None else None
+
+    def meet(self, record: Record) -> None:
+        """Look at who writes, before the record itself is judged: a new process starts with nothing."""
+        node = record["node"]
+        if node.startswith("cpu"):
+            cpu = self.cpu(node)
+            if cpu.pid != record["pid"]:
+                if cpu.pid:
+                    self._restart(cpu)
+                cpu.pid = record["pid"]
+
+    def apply(self, record: Record) -> None:
+        """Move on past the record."""
+        handler = self._apply.get(record["event"])
+        if handler is not None:
+            handler(record)
+
+    def _restart(self, cpu: CpuShadow) -> None:
+        for vmcs in list(cpu.active):
+            self._deactivate(cpu, vmcs)
+            self.v(vmcs).launched = None
+        self.cpus[cpu.node] = fresh = CpuShadow(cpu.node, cv=None)
+        fresh.load = cpu.load
+        for key in [key for key in self.requests if key[0] == cpu.node]:
+            del self.requests[key]
+        for call in [call for call in self.calls if call[0] == cpu.node]:
+            del self.calls[call]
+        for lock in self.locks.values():
+            lock.held.pop(cpu.node, None)
+
+    def _deactivate(self, cpu: CpuShadow, vmcs: int) -> None:
+        cpu.active.discard(vmcs)
+        shadow = self.v(vmcs)
+        shadow.active.discard(cpu.node)
+        shadow.activated.pop(cpu.node, None)
+
+    # Machine
+
+    def _on_process_exit(self, record: Record) -> None:
+        if not record["wanted"]:
+            self.dead.add(record["name"])
+            self.gone.add(record["name"])
+
+    def _on_process_online(self, record: Record) -> None:
+        self.gone.discard(record["name"])
+
+    def _on_process_waits(self, record: Record) -> None:
+        self.waiting.append(record)
+
+    def _on_machine_end(self, record: Record) -> None:
+        self.ended = True
+        self.finished = bool(record["finished"])
+
+    # VMX
+
+    def _on_vmxon(self, record: Record) -> None:
+        self.cpu(record["node"]).cur = NONE
+
+    def _on_vmxoff(self, record: Record) -> None:
+        if record["result"] != "ok":
+            return
+        cpu = self.cpu(record["node"])
+        for vmcs in list(cpu.active):
+            self._deactivate(cpu, vmcs)
+            self.v(vmcs).launched = None
+        cpu.cur = NONE
+        cpu.taken = record
+
+    def _on_vmptrld(self, record: Record) -> None:
+        if record["result"] != "ok":
+            return
+        cpu, vmcs = self.cpu(record["node"]), record["vmcs"]
+        shadow = self.v(vmcs)
+        cpu.cur = vmcs
+        cpu.active.add(vmcs)
+        if cpu.node not in shadow.active:
+            shadow.active.add(cpu.node)
+            shadow.activated[cpu.node] = record
+        if record["reason"] == "load":
+            cpu.loading = False
+
+    def _on_vmclear(self, record: Record) -> None:
+        if record["result"] != "ok":
+            return
+        cpu, vmcs = self.cpu(record["node"]), record["vmcs"]
+        shadow = self.v(vmcs)
+        self._deactivate(cpu, vmcs)
+        shadow.launched = False
+        shadow.taken = record
+        if cpu.cur == vmcs:
+            cpu.cur = NONE
+            cpu.taken = record
+
+    def _on_vmentry(self, record: Record) -> None:
+        if record["result"] == "ok":
+            self.v(record["vmcs"]).launched = True
+
+    def _on_seamcall_return(self, record: Record) -> None:
+        cpu = self.cpu(record["node"])
+        cpu.cur = record["cur"]
+        if not record["leaf"] & P_SEAMLDR or not record["entered"]:
+            return
+        lost = record["lost"]
+        if lost != NONE:
+            cpu.taken = record
+            self.v(lost).taken = record
+        if self.clears and not self.fixed:
+            self._evict(cpu, set(cpu.active) if self.sweeps else {lost} - {NONE}, record)
+
+    def _evict(self, cpu: CpuShadow, vmcss: set[int], record: Record) -> None:
+        """SEAMRET with the launch state cleared: written back, clear, and not active any more."""
+        for vmcs in vmcss:
+            self._deactivate(cpu, vmcs)
+            shadow = self.v(vmcs)
+            shadow.launched = False
+            shadow.taken = record
+
+    def _on_cv_write(self, record: Record) -> None:
+        cpu, new = self.cpu(record["node"]), record["new"]
+        cpu.cv = NONE if new == 0 else new
+        if not cpu.strategies:
+            cpu.loading = cpu.cv != NONE
+
+    def _on_vcpu_load(self, record: Record) -> None:
+        cpu = self.cpu(record["node"])
+        cpu.loading = False
+        cpu.load = record
+        self.v(record["vmcs"]).load = record
+
+    def _on_strategy_begin(self, record: Record) -> None:
+        self.cpu(record["node"]).strategies[record.get("ctx", "")] += 1
+
+    def _on_strategy_end(self, record: Record) -> None:
+        strategies, context = self.cpu(record["node"]).strategies, record.get("ctx", "")
+        if strategies[context] > 1:
+            strategies[context] -= 1
+        else:
+            del strategies[context]
+
+    _on_strategy_error = _on_strategy_end
+
+    # Locks and cross-calls
+
+    def _on_lock_request(self, record: Record) -> None:
+        self.requests[record["node"], record["lock"], record["request"]] = record
+
+    def _on_lock_hold(self, record: Record) -> None:
+        self.requests.pop((record["node"], record["lock"], record["request"]), None)
+        self.lock(record["lock"]).held[record["node"]] = record
+
+    def _on_lock_drop(self, record: Record) -> None:
+        self.lock(record["lock"]).held.pop(record["node"], None)
+
+    def _on_lock_grant(self, record: Record) -> None:
+        self.lock(record["lock"]).granted[record["epoch"], record["number"]] = record
+
+    def _on_lock_release(self, record: Record) -> None:
+        if not record["stale"]:
+            lock, token = self.lock(record["lock"]), (record["epoch"], record["number"])
+            lock.granted.pop(token, None)
+            held = lock.held.get(cpu_node(record["by"]))
+            if held is not None and (held["epoch"], held["number"]) == token:
+                del lock.held[held["node"]]
+
+    def _on_lock_withdraw(self, record: Record) -> None:
+        self.requests.pop((cpu_node(record["by"]), record["lock"], record["request"]), None)
+        granted = self.lock(record["lock"]).granted
+        for token, grant in list(granted.items()):
+            if grant["to"] == record["by"] and grant["request"] == record["request"]:
+                del granted[token]
+
+    def _on_csd_lock(self, record: Record) -> None:
+        if record["wait"]:
+            self.calls[record["node"], record["call"]] = record
+
+    def _on_csd_done(self, record: Record) -> None:
+        self.calls.pop((record["node"], record["call"]), None)
+
+    # Update
+
+    def _on_update_begin(self, record: Record) -> None:
+        online = record["online"]
+        nodes = None if isinstance(online, int) else frozenset(cpu_node(cpu) for cpu in online)
+        self.update = UpdateShadow(record, nodes, online if nodes is None else len(nodes))
+
+    def _on_ack(self, record: Record) -> None:
+        update = self.open_update()
+        if update is not None and update.begin["update"] == record["update"]:
+            update.acks.setdefault(stage_rank(record["state"]), Counter())[record["node"]] += 1
+            update.failed += record["ret"] != 0
+
+    def _on_state_advance(self, record: Record) -> None:
+        update = self.open_update()
+        if update is not None and update.begin["update"] == record["update"]:
+            update.rank = stage_rank(record["state"])
+
+    def _on_update_end(self, record: Record) -> None:
+        update = self.open_update()
+        if update is not None and update.begin["update"] == record["update"]:
+            update.end = record

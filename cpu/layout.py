@@ -1,0 +1,171 @@
+"""The map of physical memory: who lives where. Computed from the topology, the same in every process.
+
+    0x0010_0000  words of the whole kernel (online mask, update control, stop_machine)
+    0x0020_0000  watch slots, 64 bytes a CPU, in one row so that a store searches them at memory speed
+    0x0100_0000  per-CPU areas, four pages a CPU: two of words, VMXON region, scratch VMCS
+    0x0800_0000  task area, two pages a task: struct task with struct vcpu and struct loaded_vmcs, VMCS region
+    0x1000_0000  pages for user space's buffers and for SEAMLDR_PARAMS
+    0x4000_0000  SEAMRR: TDX module range, then P_SEAMLDR_RANGE
+    0x6000_0000  PAMT of the one TDMR, and at 0x8000_0000 the TDMR itself: encrypted memory that only the TDX module reads,
+                 so no RAM stands behind it here; what a TD has there is in the module's records, in the SEAM range
+"""
+
+from __future__ import annotations
+
+from bus.memory import PAGE_SIZE
+from cpu.struct import KernelStruct, Word
+
+MAX_CPUS = 4096
+MAX_TASKS = 8192
+WATCH_SLOTS = 8
+
+KERNEL_WORDS = 0x0010_0000
+WATCH_TABLE = 0x0020_0000
+PER_CPU = 0x0100_0000
+PER_CPU_SIZE = 4 * PAGE_SIZE
+TASKS = 0x0800_0000
+TASK_SIZE = 2 * PAGE_SIZE
+BUFFERS = 0x1000_0000
+BUFFERS_END = 0x4000_0000
+PAMT = 0x6000_0000
+TDMR = 0x8000_0000
+TDMR_SIZE = 1 << 30
+SEAMRR_BASE = 0x4000_0000
+P_SEAMLDR_SIZE = 32 << 20
+
+
+def seamrr_size(cpus: int) -> int:
+    """Bytes of SEAMRR: half of it is P_SEAMLDR_RANGE or more room for the module's per-LP pages, a power of two."""
+    return (64 << 20) if cpus <= 512 else (256 << 20)
+
+
+def memory_size(cpus: int) -> int:
+    """Bytes of physical memory, almost all of them never touched."""
+    return SEAMRR_BASE + seamrr_size(cpus)
+
+
+class MultiStop(KernelStruct):
+    """`struct multi_stop_data`, with the completion that its caller sleeps on."""
+
+    fn = Word()
+    data = Word()
+    num_threads = Word()
+    state = Word()
+    thread_ack = Word()
+    result = Word()
+    nr_todo = Word()
+
+
+class UpdateCtrl(KernelStruct):
+    """`update_ctrl`: the lock-step of a module update. `params` and `update` are what the callback is given."""
+
+    state = Word()
+    num_ack = Word()
+    num_failed = Word()
+    params = Word()
+    update = Word()
+    online = Word()
+
+
+class TdxState(KernelStruct):
+    """What the kernel remembers of the TDX module."""
+
+    initialized = Word()
+    sysinit_done = Word()
+    sysinit_ret = Word()
+    version = Word()
+
+
+class KernelData(KernelStruct):
+    """Words that belong to no CPU."""
+
+    num_online = Word()
+    stop_mutex = Word()
+    next_update = Word()
+    next_call = Word()
+    multi_stop = Word(MultiStop.SIZE // 32)
+    update_ctrl = Word(UpdateCtrl.SIZE // 32)
+    tdx = Word(TdxState.SIZE // 32)
+
+
+class CallSingleData(KernelStruct):
+    """`struct call_single_data`."""
+
+    next = Word()
+    flags = Word()
+    func = Word()
+    info = Word()
+    source = Word()
+    call = Word()
+
+
+class PerCpu(KernelStruct):
+    """Per-CPU variables: RAM, so they outlive the process of their CPU."""
+
+    online = Word()
+    preempt_count = Word()
+    current_vmcs = Word()
+    loaded_vmcss_on_cpu = Word(2)
+    associated_tdvcpus = Word(2)
+    call_single_queue = Word()
+    csd = Word(3 * CallSingleData.SIZE // 32)
+    stopper_work = Word()
+    lp_initialized = Word()
+    scratch_ready = Word()
+
+
+class LoadedVmcs(KernelStruct):
+    """`struct loaded_vmcs`: one VMCS as KVM tracks it. The last four are its write-through caches."""
+
+    vmcs = Word()
+    shadow_vmcs = Word()
+    cpu = Word()
+    launched = Word()
+    link = Word(2)
+    host_rsp = Word()
+    host_cr3 = Word()
+    exec_control = Word()
+    entry_control = Word()
+
+
+class Task(KernelStruct):
+    """The truth about a thread that moves between CPUs, changed only by the CPU that has it."""
+
+    place = Word()
+    """cpu * 4 + 2 * on a run queue + running, or NONE."""
+
+
+KERNEL = KernelData(KERNEL_WORDS)
+MULTI_STOP = MultiStop(KERNEL.multi_stop)
+UPDATE_CTRL = UpdateCtrl(KERNEL.update_ctrl)
+TDX_STATE = TdxState(KERNEL.tdx)
+
+
+def per_cpu(cpu: int) -> PerCpu:
+    """The per-CPU area of a CPU."""
+    return PerCpu(PER_CPU + cpu * PER_CPU_SIZE)
+
+
+def vmxon_region(cpu: int) -> int:
+    """Physical address of the CPU's VMXON region (`root_vmcs`)."""
+    return PER_CPU + cpu * PER_CPU_SIZE + 2 * PAGE_SIZE
+
+
+def scratch_vmcs(cpu: int) -> int:
+    """Physical address of a VMCS of this CPU that no vCPU uses."""
+    return PER_CPU + cpu * PER_CPU_SIZE + 3 * PAGE_SIZE
+
+
+def task_address(task: int) -> int:
+    """Physical address of the words of a task."""
+    return TASKS + task * TASK_SIZE
+
+
+def task_vmcs(task: int) -> int:
+    """Physical address of the page for the task's VMCS."""
+    return TASKS + task * TASK_SIZE + PAGE_SIZE
+
+
+def watch_slots(cpu: int) -> int:
+    """Physical address of the words that the CPU sleeps on: WATCH_SLOTS plain u64."""
+    return WATCH_TABLE + cpu * WATCH_SLOTS * 8

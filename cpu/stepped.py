@@ -1,0 +1,164 @@
+"""A machine that is stepped in one process: no sockets, no clock; who steps next is decided outside, at every operation.
+
+The same kernel code and cores run here as in the live machine. The lock service and the SEAM side are handed in as an
+`Arbiter`, since they live in rooms above.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from bus.clock import LamportClock
+from bus.memory import PhysicalMemory
+from cpu import watch
+from cpu.core import GuestExit, GuestRun, Kernel, SeamReply, SeamTrap
+from cpu.cpu import Cpu
+from cpu.loop import Need, StepLoop, Thread
+from cpu.vmx import VmxConfig, VmxUnit
+
+Record = dict[str, Any]
+
+
+class Arbiter(Protocol):
+    """The lock service and the SEAM side, as plain calls."""
+
+    def lock_acquire(self, cpu: int, lock: str, level: int, request: int) -> None: ...
+
+    def lock_release(self, cpu: int, lock: str, epoch: int, number: int) -> None: ...
+
+    def seam_enter(self, cpu: int, request: SeamTrap) -> SeamReply | None:
+        """The reply of a SEAMCALL that was not admitted, or None: it is resident."""
+
+    def seam_leave(self, cpu: int) -> SeamReply:
+        """SEAMRET."""
+
+
+class SteppedWorld:
+    """What one CPU reaches of the others."""
+
+    def __init__(self, machine: SteppedMachine, number: int) -> None:
+        self.machine = machine
+        self.number = number
+
+    def send_ipi(self, target: int, vector: int, nmi: bool) -> str:
+        machine = self.machine
+        machine.messages += 1
+        message = f"m{machine.messages}"
+        receiver = machine.cpus[target]
+        coalesced = receiver.apic.accept_nmi() if nmi else receiver.apic.accept(vector)
+        receiver.clock.merge(machine.cpus[self.number].clock.now)
+        source = f"cpu{self.number}"
+        receiver.emit(
+            "ipi_deliver", source=source, vector=vector, nmi=int(nmi), id=message, coalesced=int(coalesced)
+        )
+        machine.asleep.discard(target)
+        return message
+
+    def ring(self, target: int, word: int) -> None:
+        self.machine.asleep.discard(target)
+
+    def lock_acquire(self, lock: str, level: int, request: int) -> None:
+        self.machine.arbiter.lock_acquire(self.number, lock, level, request)
+
+    def lock_release(self, lock: str, epoch: int, number: int) -> None:
+        self.machine.arbiter.lock_release(self.number, lock, epoch, number)
+
+    def now_ns(self) -> int:
+        return self.machine.steps
+
+
+class SteppedMachine:
+    """N CPUs, their loops and one memory. `arbiter` is set after construction, since it grants locks to the CPUs."""
+
+    arbiter: Arbiter
+
+    def __init__(self, num_cpus: int, config: VmxConfig, kernel: Kernel, memory: PhysicalMemory) -> None:
+        self.memory = memory
+        self.records: list[Record] = []
+        self.steps = 0
+        self.messages = 0
+        self.asleep: set[int] = set()
+        self.ended: list[tuple[int, Thread]] = []
+        self.cpus: list[Cpu] = []
+        self.loops: list[StepLoop] = []
+        self._waiting: dict[int, GuestRun | SeamTrap] = {}
+        for number in range(num_cpus):
+            self._add_cpu(number, config, kernel)
+
+    def _add_cpu(self, number: int, config: VmxConfig, kernel: Kernel) -> None:
+        unit = VmxUnit(config, self.memory)
+        unit.reset_to_vmx_ready()
+        clock = LamportClock()
+        cpu = Cpu(number, unit, self.memory, clock, SteppedWorld(self, number), kernel, self._emitter(number, clock))
+        self.cpus.append(cpu)
+        self.loops.append(StepLoop(cpu, lambda thread: self.ended.append((number, thread))))
+
+    def _emitter(self, number: int, clock: LamportClock) -> Callable[..., int]:
+        def emit(event: str, /, **fields: object) -> int:
+            time = clock.tick()
+            cpu = self.cpus[number]
+            seq = len(self.records) + 1
+            head = {"ts": self.steps, "clock": time, "node": f"cpu{number}", "pid": 0, "seq": seq, "event": event}
+            self.records.append(head | cpu.record_context() | fields)
+            return time
+
+        return emit
+
+    def start(self, number: int, thread: Thread) -> None:
+        """Give a CPU a thread."""
+        self.loops[number].add(thread)
+        self.asleep.discard(number)
+
+    def ready(self) -> list[int]:
+        """CPUs that can step."""
+        return [number for number in range(len(self.cpus)) if number not in self.asleep]
+
+    def step(self, number: int, *, interrupt_guest: bool = False) -> None:
+        """One operation of one CPU."""
+        self.steps += 1
+        loop = self.loops[number]
+        reply: SeamReply | GuestExit | None = None
+        waiting = self._waiting.pop(number, None)
+        if isinstance(waiting, SeamTrap):
+            reply = self.arbiter.seam_leave(number)
+        elif waiting is not None:
+            reply = self._guest_exit(number, interrupt_guest)
+        watch.disarm(self.memory, number)
+        self._after(number, loop.step(reply))
+
+    def _guest_exit(self, number: int, interrupted: bool) -> GuestExit:
+        apic = self.cpus[number].apic
+        self.loops[number].account_exit()
+        if apic.nmi_pending:
+            apic.nmi_pending = False
+            return GuestExit(nmi=True)
+        if apic.irr or interrupted:
+            return GuestExit(vector=apic.acknowledge()) if apic.irr else GuestExit()
+        return GuestExit()
+
+    def _after(self, number: int, need: Need | GuestRun | SeamTrap) -> None:
+        if isinstance(need, SeamTrap):
+            reply = self.arbiter.seam_enter(number, need)
+            if reply is None:
+                self._waiting[number] = need
+            else:
+                self._after(number, self.loops[number].step(reply))
+        elif isinstance(need, GuestRun):
+            self._waiting[number] = need
+        elif need is Need.RELAX:
+            if watch.arm(self.memory, number, list(self.cpus[number].recent_loads)):
+                self.asleep.add(number)
+        elif need is Need.IDLE:
+            loads = [word for thread in self.loops[number].sleepers for word in thread.sleeping_on or []]
+            if watch.arm(self.memory, number, loads):
+                self.asleep.add(number)
+
+    def run(self, choose: Callable[[list[int]], int] = min, limit: int = 1_000_000) -> None:
+        """Step CPUs, chosen by `choose`, until all sleep; raises RuntimeError after `limit` steps."""
+        for _ in range(limit):
+            ready = self.ready()
+            if not ready:
+                return
+            self.step(choose(ready))
+        raise RuntimeError(f"{limit} steps and still running")

@@ -1,0 +1,41 @@
+"""VMX of one logical processor: instructions, VMCSs, VM entry and exit, the events around them."""
+
+from .config import Msr, VmxConfig
+from .controls import Activity
+from .errors import ExitReason, VmInstructionError
+from .events import Delivery, Signal
+from .exit import VmExit
+from .fields import FIELD_TABLE, Field, FieldInfo, FieldType, Width
+from .lp import CodeMode, VmxMode
+from .outcome import ExitInfo, Outcome, Status, Vector
+from .script import ScriptError, run_script
+from .unit import VmxUnit
+from .vmcs import NO_VMCS, LaunchState, Vmcs
+
+__all__ = [
+    "FIELD_TABLE",
+    "NO_VMCS",
+    "Activity",
+    "CodeMode",
+    "Delivery",
+    "ExitInfo",
+    "ExitReason",
+    "Field",
+    "FieldInfo",
+    "FieldType",
+    "LaunchState",
+    "Msr",
+    "Outcome",
+    "ScriptError",
+    "Signal",
+    "Status",
+    "Vector",
+    "VmExit",
+    "VmInstructionError",
+    "Vmcs",
+    "VmxConfig",
+    "VmxMode",
+    "VmxUnit",
+    "Width",
+    "run_script",
+]

@@ -1,0 +1,130 @@
+"""VM-instruction error numbers and basic exit reasons (Intel SDM vol. 3C/3D, "VM Instruction Error Numbers" and
+appendix "VMX Basic Exit Reasons")."""
+
+from __future__ import annotations
+
+import enum
+
+
+class VmInstructionError(enum.IntEnum):
+    """Values of the VM-instruction error field. 14, 21 and 27 are not used by the architecture."""
+
+    VMCALL_IN_VMX_ROOT = 1
+    VMCLEAR_INVALID_ADDRESS = 2
+    VMCLEAR_VMXON_POINTER = 3
+    VMLAUNCH_NOT_CLEAR = 4
+    VMRESUME_NOT_LAUNCHED = 5
+    VMRESUME_AFTER_VMXOFF = 6
+    ENTRY_INVALID_CONTROLS = 7
+    ENTRY_INVALID_HOST_STATE = 8
+    VMPTRLD_INVALID_ADDRESS = 9
+    VMPTRLD_VMXON_POINTER = 10
+    VMPTRLD_INCORRECT_REVISION = 11
+    UNSUPPORTED_COMPONENT = 12
+    VMWRITE_READ_ONLY_COMPONENT = 13
+    VMXON_IN_VMX_ROOT = 15
+    ENTRY_INVALID_EXECUTIVE_VMCS = 16
+    ENTRY_EXECUTIVE_VMCS_NOT_LAUNCHED = 17
+    ENTRY_EXECUTIVE_VMCS_NOT_VMXON_POINTER = 18
+    VMCALL_NOT_CLEAR = 19
+    VMCALL_INVALID_EXIT_CONTROLS = 20
+    VMCALL_INCORRECT_MSEG_REVISION = 22
+    VMXOFF_UNDER_DUAL_MONITOR = 23
+    VMCALL_INVALID_SMM_FEATURES = 24
+    ENTRY_INVALID_EXECUTIVE_CONTROLS = 25
+    ENTRY_BLOCKED_BY_MOV_SS = 26
+    INVALID_INVEPT_INVVPID_OPERAND = 28
+
+
+class ExitReason(enum.IntEnum):
+    """Bits 15:0 of the exit-reason field."""
+
+    EXCEPTION_OR_NMI = 0
+    EXTERNAL_INTERRUPT = 1
+    TRIPLE_FAULT = 2
+    INIT = 3
+    SIPI = 4
+    IO_SMI = 5
+    OTHER_SMI = 6
+    INTERRUPT_WINDOW = 7
+    NMI_WINDOW = 8
+    TASK_SWITCH = 9
+    CPUID = 10
+    GETSEC = 11
+    HLT = 12
+    INVD = 13
+    INVLPG = 14
+    RDPMC = 15
+    RDTSC = 16
+    RSM = 17
+    VMCALL = 18
+    VMCLEAR = 19
+    VMLAUNCH = 20
+    VMPTRLD = 21
+    VMPTRST = 22
+    VMREAD = 23
+    VMRESUME = 24
+    VMWRITE = 25
+    VMXOFF = 26
+    VMXON = 27
+    CONTROL_REGISTER = 28
+    MOV_DR = 29
+    IO_INSTRUCTION = 30
+    RDMSR = 31
+    WRMSR = 32
+    ENTRY_FAILURE_GUEST_STATE = 33
+    ENTRY_FAILURE_MSR_LOADING = 34
+    MWAIT = 36
+    MONITOR_TRAP_FLAG = 37
+    MONITOR = 39
+    PAUSE = 40
+    ENTRY_FAILURE_MACHINE_CHECK = 41
+    TPR_BELOW_THRESHOLD = 43
+    APIC_ACCESS = 44
+    VIRTUALIZED_EOI = 45
+    GDTR_IDTR_ACCESS = 46
+    LDTR_TR_ACCESS = 47
+    EPT_VIOLATION = 48
+    EPT_MISCONFIGURATION = 49
+    INVEPT = 50
+    RDTSCP = 51
+    PREEMPTION_TIMER = 52
+    INVVPID = 53
+    WBINVD = 54
+    XSETBV = 55
+    APIC_WRITE = 56
+    RDRAND = 57
+    INVPCID = 58
+    VMFUNC = 59
+    ENCLS = 60
+    RDSEED = 61
+    PML_FULL = 62
+    XSAVES = 63
+    XRSTORS = 64
+    PCONFIG = 65
+    SPP_EVENT = 66
+    UMWAIT = 67
+    TPAUSE = 68
+    LOADIWKEY = 69
+    ENCLV = 70
+    ENQCMD = 72
+    ENQCMDS = 73
+    BUS_LOCK = 74
+    INSTRUCTION_TIMEOUT = 75
+    SEAMCALL = 76
+    TDCALL = 77
+
+
+ENTRY_FAILURE = 1 << 31
+"""Bit of the exit reason that says the VM entry itself failed."""
+
+
+class AbortIndicator(enum.IntEnum):
+    """VMX-abort codes, stored at offset 4 of the VMCS region."""
+
+    SAVING_GUEST_MSRS = 1
+    LOADING_HOST_PDPTES = 2
+    CORRUPTED_VMCS = 3
+    LOADING_HOST_MSRS = 4
+    MACHINE_CHECK = 5
+    HOST_ADDRESS_SPACE_SIZE = 6

@@ -1,0 +1,110 @@
+"""The kernel of a machine, put together: which code runs on a CPU, with which strategy and knobs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from cpu.apic import Vector
+from cpu.core import Kernel
+from cpu.smp import default_do_nmi, generic_smp_call_function_single_interrupt, sysvec_reschedule_ipi
+from cpu.vmx import VmxConfig
+from kvm.guest import run_guest
+from kvm.loaded_vmcs import clear_on_this_cpu, loaded_vmcs_clear_current, vmclear_local_loaded_vmcss
+from kvm.tdx import tdx_flush_vp
+from seamldr.strategies import find_strategy
+from seamldr.update import do_seamldr_install_module
+
+MAXPHYADDR = 46
+
+
+class Knobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the architecture leaves open, or the kernel could do otherwise; each a `--knob NAME=VALUE`.
+
+    `seamret_launch` and `seamret_scope`: what SEAMRET from P-SEAMLDR does to VMCSs on a CPU whose IA32_VMX_BASIC has
+    bit 60 (`vmx_basic_bit60`) clear. `enforce_gate`: the kernel refuses updates on such a CPU; "auto" is on for the strategy
+    `refuse-on-erratum` alone. `avoid_compat_sensitive`: TDH.SYS.SHUTDOWN is asked to refuse while a TD is being built.
+    `seamdb_size`: modules that may be installed. `fms`: CPUID.1.EAX. `seamldr_profile`, `module_profile`: which firmware.
+    """
+
+    seamret_launch: str = "preserve"
+    seamret_scope: str = "current_only"
+    vmx_basic_bit60: int = 0
+    enforce_gate: str = "auto"
+    avoid_compat_sensitive: str = "off"
+    seamdb_size: int = 65536
+    fms: int = 0xC06F2
+    seamldr_profile: str = "P15"
+    module_profile: str = "A"
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "seamret_launch": ("preserve", "clear"),
+    "seamret_scope": ("current_only", "all_active_on_lp"),
+    "vmx_basic_bit60": ("0", "1"),
+    "enforce_gate": ("auto", "on", "off"),
+    "avoid_compat_sensitive": ("off", "always"),
+    "seamldr_profile": ("P15", "P20"),
+    "module_profile": ("A", "B"),
+}
+"""The values that a knob may have; the other knobs are integers."""
+
+
+class KnobError(ValueError):
+    """A knob that does not exist, or a value that it cannot have."""
+
+
+def parse_knobs(settings: list[str]) -> Knobs:
+    """Knobs from NAME=VALUE words; raises `KnobError`."""
+    values: dict[str, Any] = {}
+    known = {field.name: field.type for field in msgspec.structs.fields(Knobs)}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or name not in known:
+            raise KnobError(f"no knob {setting!r}; give NAME=VALUE with one of {', '.join(known)}")
+        if name in CHOICES and value not in CHOICES[name]:
+            raise KnobError(f"knob {name} is one of {', '.join(CHOICES[name])}, not {value!r}")
+        try:
+            values[name] = int(value, 0) if known[name] is int else value
+        except ValueError:
+            raise KnobError(f"knob {name} is a whole number, not {value!r}") from None
+    knobs = Knobs(**values)
+    if not 1 <= knobs.seamdb_size <= 1 << 20:
+        raise KnobError(f"knob seamdb_size is 1 to {1 << 20}, not {knobs.seamdb_size}")
+    if not 0 < knobs.fms < 1 << 32:
+        raise KnobError(f"knob fms is a CPUID.1.EAX of 32 bits, not {knobs.fms:#x}")
+    return knobs
+
+
+def vmx_config(knobs: Knobs) -> VmxConfig:
+    """The processor model of every CPU of the machine."""
+    config = msgspec.structs.replace(VmxConfig(), maxphyaddr=MAXPHYADDR)
+    return config.with_basic_bit60(bool(knobs.vmx_basic_bit60))
+
+
+def kernel(strategy: str, knobs: Knobs, num_cpus: int) -> Kernel:
+    """The kernel that every CPU of the machine runs; raises `StrategyError` if there is no such strategy."""
+    settings = msgspec.structs.asdict(knobs)
+    gate = knobs.enforce_gate
+    settings["enforce_gate"] = strategy == "refuse-on-erratum" if gate == "auto" else gate == "on"
+    return Kernel(
+        interrupts={
+            Vector.CALL_FUNCTION_SINGLE: generic_smp_call_function_single_interrupt,
+            Vector.RESCHEDULE: sysvec_reschedule_ipi,
+        },
+        nmi=default_do_nmi,
+        functions={
+            "__loaded_vmcs_clear": clear_on_this_cpu,
+            "tdx_flush_vp": tdx_flush_vp,
+            "do_seamldr_install_module": do_seamldr_install_module,
+        },
+        static_calls={
+            "seamldr_strategy": find_strategy(strategy),
+            "vmclear_local_loaded_vmcss": vmclear_local_loaded_vmcss,
+            "loaded_vmcs_clear_current": loaded_vmcs_clear_current,
+        },
+        guest=run_guest,
+        knobs=settings,
+        num_cpus=num_cpus,
+    )

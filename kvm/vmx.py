@@ -1,0 +1,219 @@
+"""A VMX vCPU: load, run, exit handling, put (arch/x86/kvm/vmx/vmx.c, virt/kvm/kvm_main.c)."""
+
+from __future__ import annotations
+
+from cpu.cpu import Cpu
+from cpu.smp import handle_irq, handle_nmi
+from cpu.vmx import Field, Outcome, Status
+from kvm.guest import (
+    EXIT_REASON_EXCEPTION_NMI,
+    EXIT_REASON_EXTERNAL_INTERRUPT,
+    STACK,
+    TEXT,
+    exit_of,
+    guest_step,
+    next_rip,
+)
+from kvm.loaded_vmcs import (
+    alloc_loaded_vmcs,
+    free_loaded_vmcs,
+    vmcs_read,
+    vmcs_write,
+    vmx_vcpu_load_vmcs,
+)
+from kvm.vcpu import Vcpu
+from kvm.vmcs_setup import initial_fields
+
+EXITS_PER_RUN = 4
+"""VM exits handled in one KVM_RUN before user space gets its turn."""
+
+INTR_INFO_NMI = 0x8000_0200
+VM_ENTRY_FAILED = 1 << 31
+HOST_STACK = 0xFFFF_C900_0000_0000
+
+
+class VmxVcpu:
+    """One vCPU while it is on a CPU: its preempt notifier, and what lives in the thread's own stack."""
+
+    def __init__(self, number: int, state: Vcpu) -> None:
+        self.number = number
+        self.state = state
+        self.entries = 0
+        self.fail_reason: int | None = None
+
+    # Load and put
+
+    async def vcpu_load(self, cpu: Cpu) -> None:
+        """vcpu_load: preempt_notifier_register and the arch load."""
+        await cpu.preempt_disable()
+        cpu.thread.notifier = self
+        await self._vmx_vcpu_load(cpu, "load")
+        await cpu.preempt_enable()
+
+    async def vcpu_put(self, cpu: Cpu) -> None:
+        """vcpu_put: the arch put; the VMCS stays active and current here."""
+        await cpu.preempt_disable()
+        await self._vmx_vcpu_put(cpu, "put")
+        cpu.thread.notifier = None
+        await cpu.preempt_enable()
+
+    async def sched_in(self, cpu: Cpu) -> None:
+        """kvm_sched_in."""
+        await cpu.store(self.state.preempted, 0)
+        await self._vmx_vcpu_load(cpu, "sched_in")
+
+    async def sched_out(self, cpu: Cpu) -> None:
+        """kvm_sched_out: the put of a preempted vCPU reads its privilege level out of the VMCS."""
+        await cpu.store(self.state.preempted, 1)
+        await vmcs_read(cpu, Field.GUEST_SS_ACCESS_RIGHTS)
+        await self._vmx_vcpu_put(cpu, "sched_out")
+
+    async def _vmx_vcpu_load(self, cpu: Cpu, via: str) -> None:
+        self.entries = 0
+        await vmx_vcpu_load_vmcs(cpu, self.number, self.state.loaded_vmcs, via)
+
+    async def _vmx_vcpu_put(self, cpu: Cpu, via: str) -> None:
+        vmcs = await cpu.load(self.state.loaded_vmcs.vmcs)
+        cpu.emit("vcpu_put", vcpu=self.number, vmcs=vmcs, via=via, entries=self.entries)
+
+    # Create and destroy
+
+    async def create(self, cpu: Cpu, page: int) -> None:
+        """vmx_vcpu_create and the first reset: a VMCS with every field that an entry needs."""
+        state = self.state
+        await alloc_loaded_vmcs(cpu, state.loaded_vmcs, page)
+        cpu.emit("vcpu_create", vcpu=self.number, vmcs=page)
+        for word, value in ((state.rip, TEXT), (state.rsp, STACK), (state.cookie, 0), (state.exits, 0)):
+            await cpu.store(word, value)
+        await self.vcpu_load(cpu)
+        for field, value in initial_fields(cpu.vmx.config, cpu.number).items():
+            await vmcs_write(cpu, field, value)
+        await vmcs_write(cpu, Field.GUEST_RIP, TEXT)
+        await vmcs_write(cpu, Field.GUEST_RSP, STACK)
+        await vmcs_write(cpu, Field.CR0_READ_SHADOW, 0)
+        await self.vcpu_put(cpu)
+        await cpu.store(state.created, 1)
+
+    async def destroy(self, cpu: Cpu) -> None:
+        """vmx_vcpu_free."""
+        vmcs = await cpu.load(self.state.loaded_vmcs.vmcs)
+        await free_loaded_vmcs(cpu, self.state.loaded_vmcs)
+        await cpu.store(self.state.created, 0)
+        cpu.emit("vcpu_destroy", vcpu=self.number, vmcs=vmcs)
+
+    # Run
+
+    async def run(self, cpu: Cpu) -> bool:
+        """KVM_RUN for a few exits; False if the vCPU cannot go on (KVM_EXIT_FAIL_ENTRY)."""
+        await self.vcpu_load(cpu)
+        for _ in range(EXITS_PER_RUN):
+            if not await self.vcpu_enter_guest(cpu):
+                break
+        await self.vcpu_put(cpu)
+        return self.fail_reason is None
+
+    async def vcpu_enter_guest(self, cpu: Cpu) -> bool:
+        """One entry and the handling of its exit."""
+        await cpu.preempt_disable()
+        await cpu.local_irq_disable()
+        reason = await self._vmx_vcpu_run(cpu)
+        await cpu.local_irq_enable()
+        await cpu.preempt_enable()
+        if reason is None:
+            return False
+        await self._handle_exit(cpu, reason)
+        return True
+
+    async def _vmx_vcpu_run(self, cpu: Cpu) -> int | None:
+        """vmx_vcpu_run and the exit handling that needs IRQs off; the basic exit reason, None if the entry failed."""
+        state, v = self.state, self.state.loaded_vmcs
+        if await cpu.load(state.regs_dirty):
+            await vmcs_write(cpu, Field.GUEST_RIP, await cpu.load(state.rip))
+            await cpu.store(state.regs_dirty, 0)
+        await self._write_if_changed(cpu, v.host_cr3, Field.HOST_CR3, 0x1000 * (2 + self.number))
+        await self._write_if_changed(cpu, v.host_rsp, Field.HOST_RSP, HOST_STACK + self.number * 0x4000)
+        launched = bool(await cpu.load(v.launched))
+        want = await cpu.load(v.vmcs)
+        outcome, ended = await cpu.vmentry(self.number, want, launched=launched, first=not self.entries)
+        if not outcome.ok:
+            await self._fail_entry(cpu, outcome)
+            return None
+        self.entries += 1
+        reason = await vmcs_read(cpu, Field.EXIT_REASON)
+        if reason & VM_ENTRY_FAILED:
+            await self._dead(cpu, f"VM entry failed, exit reason {reason:#x}", 0)
+            return None
+        if not launched:
+            await cpu.store_recorded(v.launched, 1, "launched_store", vmcs=want)
+        await vmcs_read(cpu, Field.IDT_VECTORING_INFO)
+        if ended.nmi:
+            await handle_nmi(cpu)
+        elif ended.vector:
+            await handle_irq(cpu, (await vmcs_read(cpu, Field.EXIT_INTR_INFO)) & 0xFF or ended.vector)
+        return reason
+
+    async def _write_if_changed(self, cpu: Cpu, cache: int, field: Field, value: int) -> None:
+        """A write-through cache of a host field: VMWRITE is skipped when KVM believes that nothing changed."""
+        if await cpu.load(cache) != value:
+            await vmcs_write(cpu, field, value)
+            await cpu.store(cache, value)
+
+    async def _fail_entry(self, cpu: Cpu, outcome: Outcome) -> None:
+        error = await vmcs_read(cpu, Field.VM_INSTRUCTION_ERROR)
+        word = "VMfailInvalid" if outcome.status is Status.FAIL_INVALID else f"VM-instruction error {outcome.error}"
+        await self._dead(cpu, f"KVM_EXIT_FAIL_ENTRY: {word}", error)
+
+    async def _dead(self, cpu: Cpu, why: str, hardware_reason: int) -> None:
+        self.fail_reason = hardware_reason
+        await cpu.store(self.state.dead, 1)
+        vmcs = await cpu.load(self.state.loaded_vmcs.vmcs)
+        cpu.emit("vcpu_dead", vcpu=self.number, vmcs=vmcs, why=why, hardware_reason=hardware_reason)
+
+    async def _handle_exit(self, cpu: Cpu, reason: int) -> None:
+        """vmx_handle_exit, preemption on: check what the VMCS says against KVM's copies, emulate, move on."""
+        state = self.state
+        if reason in (EXIT_REASON_EXCEPTION_NMI, EXIT_REASON_EXTERNAL_INTERRUPT):
+            return
+        rip, rsp = guest_step(await cpu.load(state.rip), await cpu.load(state.rsp))
+        cookie = await cpu.load(state.cookie)
+        await self._expect(cpu, Field.GUEST_RIP, rip)
+        await self._expect(cpu, Field.GUEST_RSP, rsp)
+        await self._expect(cpu, Field.CR0_READ_SHADOW, cookie)
+        length = await vmcs_read(cpu, Field.EXIT_INSTRUCTION_LENGTH)
+        if (reason, length) != exit_of(rip):
+            await self._wrong(cpu, "EXIT_REASON", exit_of(rip)[0], reason)
+        await vmcs_write(cpu, Field.CR0_READ_SHADOW, cookie + 1)
+        await cpu.store(state.cookie, cookie + 1)
+        await cpu.store(state.rsp, rsp)
+        await cpu.store(state.rip, next_rip(rip, exit_of(rip)[1]))
+        await cpu.store(state.regs_dirty, 1)
+        await cpu.store(state.exits, await cpu.load(state.exits) + 1)
+
+    async def _expect(self, cpu: Cpu, field: Field, expected: int) -> None:
+        """Compare a field with KVM's copy; a wrong one is put right, so that each loss is reported once."""
+        got = await vmcs_read(cpu, field)
+        if got != expected:
+            await self._wrong(cpu, field.name, expected, got)
+            await vmcs_write(cpu, field, expected)
+
+    async def _wrong(self, cpu: Cpu, what: str, expected: int, got: int) -> None:
+        vmcs = await cpu.load(self.state.loaded_vmcs.vmcs)
+        cpu.emit("wrong_data", vcpu=self.number, vmcs=vmcs, what=what, expected=expected, got=got)
+
+
+async def vcpu_thread(cpu: Cpu, vcpu: VmxVcpu, page: int) -> str:
+    """User space's loop around KVM_RUN; why it ended: "moved", "stopped" or "dead".
+
+    The head of the loop is the only place where the thread moves to another CPU or ends.
+    """
+    if not await cpu.load(vcpu.state.created):
+        await vcpu.create(cpu, page)
+    alive = True
+    while alive and await cpu.resume_user_mode():
+        alive = await vcpu.run(cpu)
+    if cpu.thread.stopping:
+        await vcpu.destroy(cpu)
+        return "stopped"
+    return "moved" if alive else "dead"
+
+
