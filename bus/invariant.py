@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import ClassVar
 
-from bus.events import EVENTS
 from bus.records import Record
 from bus.shadow import Shadow
 from bus.story import Story, tell
@@ -23,7 +22,7 @@ class Observer:
 
     def handlers(self) -> dict[str, Handler]:
         """Handler by event name."""
-        return {name: getattr(self, f"on_{name}") for name in EVENTS if hasattr(self, f"on_{name}")}
+        return {name[3:]: getattr(self, name) for name in dir(type(self)) if name.startswith("on_")}
 
     def at_end(self, ending: Ending) -> None:
         """The history is over."""

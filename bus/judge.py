@@ -21,7 +21,7 @@ from bus.records import Record
 from bus.shadow import Shadow, is_set
 from bus.statistics import Exposures, Statistics
 from bus.story import Story
-from bus.waits import Ending
+from bus.waits import Ending, Wait
 
 Verdict = Literal["safe", "unsafe", "incomplete"]
 
@@ -53,8 +53,9 @@ class Violation(msgspec.Struct, frozen=True):
 class Judgement(msgspec.Struct, frozen=True):
     """What the records of a run say.
 
-    `why` are sentences for an incomplete verdict; `suspects` and `excused` are what was seen and not called a
-    violation; `notes` are about the record files. `machine` is the `machine_begin` record, empty if there is none.
+    `why` are sentences for an incomplete verdict, `suspects` among them: waits that may or may not be stuck. `excused`
+    are violations that an injected fault explains. `notes` are about the record files. `machine` is the `machine_begin`
+    record, empty if there is none. `waits` are open at the end; `cycle` are those of them that wait for each other.
     """
 
     verdict: Verdict
@@ -67,6 +68,8 @@ class Judgement(msgspec.Struct, frozen=True):
     machine: Record
     exposures: Exposures
     statistics: Statistics
+    waits: tuple[Wait, ...]
+    cycle: tuple[Wait, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """The part of the summary that records can tell."""
@@ -124,43 +127,86 @@ def judge_records(records: Iterable[Record]) -> Judgement:
     return _judge(merge(files.values(), notes), machine, notes)
 
 
-def _judge(records: Iterator[Record], machine: Record, notes: Notes) -> Judgement:
-    shadow = Shadow(machine.get("knobs") or {})
-    invariants = [invariant() for invariant in INVARIANTS.values()]
-    exposures, statistics = Exposures(), Statistics()
-    table = dispatch([*invariants, exposures, statistics])
-    unreadable = 0
+def _judge(records: Iterable[Record], machine: Record, notes: Notes) -> Judgement:
+    judge = Judge(machine)
     for record in records:
-        statistics.records += 1
+        judge.see(record)
+    return judge.conclude(notes)
+
+
+class Judge:
+    """Sees one history, record by record in causal order, and concludes.
+
+    `machine` is its `machine_begin` record, or empty. A history stepped in one process can be shown to the judge
+    as it happens: `violated` grows on the way.
+    """
+
+    def __init__(self, machine: Record) -> None:
+        self._machine = machine
+        self._shadow = Shadow(machine.get("knobs") or {})
+        self._invariants = [invariant() for invariant in INVARIANTS.values()]
+        self._exposures, self._statistics = Exposures(), Statistics()
+        self._handlers = dispatch([*self._invariants, self._exposures, self._statistics])
+        self._strange: dict[str, None] = {}
+
+    @property
+    def violated(self) -> tuple[str, ...]:
+        """Ids of the invariants that are violated so far."""
+        return tuple(invariant.id for invariant in self._invariants if invariant.count)
+
+    def see(self, record: Record) -> None:
+        """The next record. One that is not as the event table says is passed over, and makes the run incomplete."""
+        event, shadow = record["event"], self._shadow
+        self._statistics.records += 1
         try:
             shadow.meet(record)
-            for handler in table.get(record["event"], ()):
+            for handler in self._handlers.get(event, ()):
                 handler(record, shadow)
             shadow.apply(record)
         except (KeyError, TypeError, AttributeError) as error:
-            unreadable += 1
-            notes.add(f"{record['node']}: a {record['event']} record is not as the event table says: {error!r}")
-        if record["event"] not in EVENTS:
-            notes.add(f"{record['node']} wrote an unknown event {record['event']}")
-    ending = Ending(shadow)
-    for invariant in invariants:
-        invariant.at_end(ending)
-    statistics.finish()
-    violations = tuple(_violations(invariants))
-    suspects = tuple(suspect for invariant in invariants for suspect in invariant.suspects)
-    why = tuple(_doubts(shadow, machine, notes, suspects, exposures, statistics, unreadable))
-    return Judgement(
-        verdict="unsafe" if violations else "incomplete" if why else "safe",
-        violations=violations,
-        why=why,
-        suspects=suspects,
-        excused=tuple(excuse for invariant in invariants for excuse in invariant.excused),
-        notes=tuple(notes.sentences),
-        finished=bool(shadow.finished),
-        machine=machine,
-        exposures=exposures,
-        statistics=statistics,
-    )
+            self._strange[f"{record['node']}: a {event} record is not as the event table says: {error!r}"] = None
+        if event not in EVENTS:
+            self._strange[f"{record['node']} wrote an unknown event {event}"] = None
+
+    def conclude(self, notes: Notes) -> Judgement:
+        """The judgement, when there are no more records; `notes` tell where they came from."""
+        ending = Ending(self._shadow)
+        for invariant in self._invariants:
+            invariant.at_end(ending)
+        self._statistics.finish()
+        violations = tuple(_violations(self._invariants))
+        suspects = tuple(suspect for invariant in self._invariants for suspect in invariant.suspects)
+        why = (*self._doubts(notes), *suspects)
+        return Judgement(
+            verdict="unsafe" if violations else "incomplete" if why else "safe",
+            violations=violations,
+            why=why,
+            suspects=suspects,
+            excused=tuple(excuse for invariant in self._invariants for excuse in invariant.excused),
+            notes=(*notes.sentences, *self._strange),
+            finished=bool(self._shadow.finished),
+            machine=self._machine,
+            exposures=self._exposures,
+            statistics=self._statistics,
+            waits=tuple(ending.waits),
+            cycle=tuple(ending.cycle),
+        )
+
+    def _doubts(self, notes: Notes) -> Iterator[str]:
+        """Why the run cannot be called safe, although nothing is violated."""
+        shadow, statistics = self._shadow, self._statistics
+        if not self._machine:
+            yield "no record describes the machine"
+        if shadow.finished is None:
+            yield "the records have no end"
+        elif not shadow.finished:
+            yield "the machine did not come to its own end"
+        if notes.incomplete or self._strange:
+            yield "records are missing or unreadable"
+        yield from statistics.broken
+        refused = statistics.updates.all_refused and not statistics.seamldr_calls
+        if self._exposures.lost_vmcs == 0 and not refused:
+            yield _no_exposure(shadow, statistics)
 
 
 def _violations(invariants: list[Invariant]) -> Iterator[Violation]:
@@ -179,31 +225,6 @@ def _violations(invariants: list[Invariant]) -> Iterator[Violation]:
         if invariant.story is not None
     ]
     yield from sorted(found, key=lambda violation: bool(violation.follows_from))
-
-
-def _doubts(
-    shadow: Shadow,
-    machine: Record,
-    notes: Notes,
-    suspects: tuple[str, ...],
-    exposures: Exposures,
-    statistics: Statistics,
-    unreadable: int,
-) -> Iterator[str]:
-    """Why the run cannot be called safe, although nothing is violated."""
-    if not machine:
-        yield "no record describes the machine"
-    if shadow.finished is None:
-        yield "the records have no end"
-    elif not shadow.finished:
-        yield "the machine did not come to its own end"
-    if notes.incomplete or unreadable:
-        yield "records are missing or unreadable"
-    yield from statistics.broken
-    if suspects:
-        yield f"{suspects[0]}" + (f" (and {len(suspects) - 1} more)" if len(suspects) > 1 else "")
-    if exposures.lost_vmcs == 0 and not (statistics.updates.all_refused and not statistics.seamldr_calls):
-        yield _no_exposure(shadow, statistics)
 
 
 def _no_exposure(shadow: Shadow, statistics: Statistics) -> str:

@@ -21,13 +21,18 @@ _HEX = frozenset(
     ("vmcs", "cur", "lost", "old", "new", "want", "value", "field", "leaf", "status", "csd", "pa", "expected", "got")
 )
 _KEYS = {
-    "seamcall_return": ("name", "entered", "status", "cur", "lost"),
+    "seamcall_return": ("name", "lost", "cur", "status"),
     "vcpu_load": ("vcpu", "vmcs", "skipped", "via"),
+    "vmptrld": ("vmcs", "cur", "reason", "result"),
+    "vmclear": ("vmcs", "cur", "reason", "result"),
     "vmentry": ("insn", "vmcs", "launched", "result"),
     "vmread": ("name", "vmcs", "result"),
-    "vmwrite": ("name", "vmcs", "result", "value"),
+    "vmwrite": ("name", "vmcs", "result"),
+    "seam_enter": ("by", "name", "admitted", "inside", "epoch", "number", "holder_epoch", "holder_number"),
+    "lock_grant": ("lock", "to", "request", "epoch", "number", "holders"),
+    "csd_lock": ("call", "target", "func", "wait"),
 }
-"""Fields to tell first, for events that have more than fit."""
+"""Fields to tell, in this order, of events that have more than fit on a line."""
 
 
 class Story(msgspec.Struct, frozen=True):
@@ -67,14 +72,12 @@ def line(record: Record) -> str:
 
     >>> line({"clock": 7, "node": "cpu1", "ctx": "vcpu3", "event": "vmread", "name": "VM_EXIT_REASON",
     ...       "vmcs": 2**64 - 1, "result": "invalid", "field": 0x4402, "value": 0})
-    '7 cpu1/vcpu3 vmread name=VM_EXIT_REASON vmcs=none result=invalid field=0x4402 value=0x0'
+    '7 cpu1/vcpu3 vmread name=VM_EXIT_REASON vmcs=none result=invalid'
     """
     context = record.get("ctx")
     where = f"{record['node']}/{context}" if context else record["node"]
-    first = _KEYS.get(record["event"], ())
-    rest = [key for key in record if key not in first and key not in COMMON_FIELDS and key not in CPU_FIELDS]
-    fields = _fields(record, (*first, *rest))
-    return " ".join((str(record["clock"]), where, record["event"], *fields))
+    keys = _KEYS.get(record["event"]) or [key for key in record if key not in COMMON_FIELDS | CPU_FIELDS]
+    return " ".join((str(record["clock"]), where, record["event"], *_fields(record, keys)))
 
 
 def hexadecimal(value: object) -> str:

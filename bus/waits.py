@@ -22,25 +22,23 @@ class Wait(msgspec.Struct, frozen=True):
 
 
 class Ending:
-    """The end of a history: the last shadow state, what is stuck in it, and one cycle to show for it.
+    """The end of a history: the last shadow state, who waits for whom in it, and one cycle if there is one.
 
-    `parts` are labelled records of that cycle, for a story.
+    `stuck_nodes` wait for ever; `parts` are labelled records of the cycle, for a story.
     """
 
     def __init__(self, shadow: Shadow) -> None:
         self.shadow = shadow
-        graph = waits(shadow)
-        self._stuck = stuck(graph)
-        self.parts = [("waits", wait.record) for wait in cycle(graph)[:3]]
+        self.waits = waits(shadow)
+        left = stuck(self.waits)
+        self.cycle = cycle(left)
+        self.stuck_nodes = {wait.node for wait in left}
+        self.parts = [("waits", wait.record) for wait in self.cycle[:3]]
+        self._stuck = {id(wait.record) for wait in left}
 
     def is_stuck(self, record: Record) -> bool:
         """Whether the wait that this record began can never end."""
-        return any(wait.record is record for wait in self._stuck)
-
-    @property
-    def stuck_nodes(self) -> set[str]:
-        """Nodes that wait for ever."""
-        return {wait.node for wait in self._stuck}
+        return id(record) in self._stuck
 
 
 def waits(shadow: Shadow) -> list[Wait]:
@@ -74,7 +72,10 @@ def stuck(graph: list[Wait]) -> list[Wait]:
     """
     left = graph
     while True:
-        kept = [wait for wait in left if any(_blocks(wait, other) for other in left)]
+        by_node: dict[str, list[Wait]] = {}
+        for wait in left:
+            by_node.setdefault(wait.node, []).append(wait)
+        kept = [wait for wait in left if any(_blocks(wait, other) for other in by_node.get(wait.on, ()))]
         if len(kept) == len(left):
             return left
         left = kept

@@ -68,7 +68,7 @@ class Installer:
         state = self.state
         if lp >= MAX_ADDRESSABLE_LPS:
             return SeamldrStatus.EUNSPECERR
-        if state.shutdown_bitmap or state.current_flow not in (Flow.READY, Flow.INSTALL) or lp in state.update_bitmap:
+        if state.current_flow not in (Flow.READY, Flow.INSTALL) or lp in state.update_bitmap:
             return SeamldrStatus.EBADCALL
         if not state.update_bitmap:
             state.seamextend_snapshot = state.seamextend

@@ -82,7 +82,7 @@ def _covers_all_sockets(s: SigStruct, context: ManifestContext) -> bool:
     """Steppings do not matter; an empty table covers everything here."""
     if s.cpuid_table_size == 0:
         return True
-    known = {entry for entry in s.cpuid_entries}
+    known = {entry >> 4 for entry in s.cpuid_entries}
     return all(fms >> 4 in known for fms in context.platform.fms)
 
 

@@ -35,6 +35,10 @@ from .translations import eptp_valid, is_canonical, physical_address_valid
 from .vmcs import SLOT, VOLATILE_START, LaunchState, Vmcs
 
 _VECTORS_WITH_ERROR_CODE = frozenset({8, 10, 11, 12, 13, 14, 17})
+_INTR_INFO = SLOT[Field.VMENTRY_INTR_INFO]
+_MSR_LOAD_COUNT = SLOT[Field.VMENTRY_MSR_LOAD_COUNT]
+_LMA = int(Efer.LMA)
+_LAUNCHED = int(LaunchState.LAUNCHED)
 _injection = itemgetter(
     SLOT[Field.VMENTRY_INTR_INFO],
     SLOT[Field.VMENTRY_EXCEPTION_ERROR_CODE],
@@ -44,14 +48,14 @@ _injection = itemgetter(
 
 def enter_guest(lp: LogicalProcessor, vmcs: Vmcs) -> Outcome:
     """VMLAUNCH or VMRESUME, after the checks of pointer, MOV-SS blocking and launch state."""
-    stable = (vmcs.data[1:VOLATILE_START].tobytes(), lp.efer & Efer.LMA)
+    stable = (vmcs.data[1:VOLATILE_START].tobytes(), lp.efer & _LMA)
     known_good = vmcs.checked == stable
     if not known_good:
         if not controls_valid(lp.config, vmcs):
             return lp.fail(Error.ENTRY_INVALID_CONTROLS)
         if not host_state_valid(lp, vmcs):
             return lp.fail(Error.ENTRY_INVALID_HOST_STATE)
-    if not injection_valid(lp.config, vmcs):
+    if vmcs.data[_INTR_INFO] & INTR_INFO_VALID and not injection_valid(lp.config, vmcs):
         return lp.fail(Error.ENTRY_INVALID_CONTROLS)
     defect = None if known_good else guest_defect(lp, vmcs)
     if defect is None:
@@ -59,18 +63,18 @@ def enter_guest(lp: LogicalProcessor, vmcs: Vmcs) -> Outcome:
         defect = guest_event_defect(lp, vmcs)
     if defect is not None:
         return entry_failure(lp, vmcs, ExitReason.ENTRY_FAILURE_GUEST_STATE, defect)
-    count = vmcs[Field.VMENTRY_MSR_LOAD_COUNT]
+    count = vmcs.data[_MSR_LOAD_COUNT]
     if count and (bad := load_msrs(lp, vmcs[Field.VMENTRY_MSR_LOAD_ADDR], count)):
         return entry_failure(lp, vmcs, ExitReason.ENTRY_FAILURE_MSR_LOADING, bad)
     return _begin_guest(lp, vmcs)
 
 
 def _begin_guest(lp: LogicalProcessor, vmcs: Vmcs) -> Outcome:
-    vmcs.data[0] = LaunchState.LAUNCHED
+    vmcs.data[0] = _LAUNCHED
     lp.mode = VmxMode.NON_ROOT
     if shadowing(vmcs):
         linked_vmcs(lp)
-    info = vmcs[Field.VMENTRY_INTR_INFO]
+    info = vmcs.data[_INTR_INFO]
     injected = info if info & INTR_INFO_VALID else 0
     through_idt = injected and injected >> 8 & 7 != EventType.OTHER_EVENT
     if through_idt and lp.on_inject is not None and (exited := lp.on_inject(injected)):
@@ -176,10 +180,8 @@ def _msr_areas_valid(config: VmxConfig, vmcs: Vmcs) -> bool:
 
 
 def injection_valid(config: VmxConfig, vmcs: Vmcs) -> bool:
-    """The entry interruption-information field and those that go with it; a field without its valid bit is good."""
+    """A valid entry interruption-information field, and those that go with it."""
     info, error_code, length = _injection(vmcs.data)
-    if not info & INTR_INFO_VALID:
-        return True
     vector, kind = info & 0xFF, info >> 8 & 7
     has_error_code = info & INTR_INFO_ERROR_CODE != 0
     software = kind in (

@@ -41,6 +41,9 @@ _AR_DEFAULT_BIG = 1 << 14
 _AR_GRANULARITY = 1 << 15
 _LINEAR_BITS = 48
 
+_LONG_GUEST = int(Entry.IA32E_MODE_GUEST)
+_RFLAGS_BAD, _RFLAGS_FIXED, _RFLAGS_VM = int(Rflags.RESERVED), int(Rflags.FIXED), int(Rflags.VM)
+
 _ES, _CS, _SS, _DS, _FS, _GS, _LDTR, _TR = range(8)
 _DATA_SEGMENTS = (_SS, _DS, _ES, _FS, _GS)
 
@@ -73,24 +76,35 @@ def guest_defect(lp: LogicalProcessor, vmcs: Vmcs) -> int | None:
 def guest_event_defect(lp: LogicalProcessor, vmcs: Vmcs) -> int | None:
     """RIP, RFLAGS, CR3, activity, interruptibility and the link pointer: what differs from entry to entry."""
     rip, rflags, cr3, activity, blocking, link, info, entry, pin, cs, ss = _volatile(vmcs.data)
-    long_guest = entry & Entry.IA32E_MODE_GUEST != 0
-    kind = info >> 8 & 7 if info & INTR_INFO_VALID else None
+    long_guest = entry & _LONG_GUEST
     valid = (
-        _rip_valid(rip, long_guest and cs & _AR_LONG != 0)
-        and rflags & Rflags.FIXED != 0
-        and rflags & Rflags.RESERVED == 0
-        and not (long_guest and rflags & Rflags.VM)
-        and (kind != EventType.EXTERNAL_INTERRUPT or rflags & Rflags.IF != 0)
-        and cr3 >> lp.config.maxphyaddr == 0
-        and _activity_valid(lp, activity, blocking, kind, info & 0xFF, ss)
-        and _blocking_valid(rflags, blocking, kind, pin)
+        _rip_valid(rip, long_guest and cs & _AR_LONG)
+        and rflags & _RFLAGS_FIXED
+        and not rflags & _RFLAGS_BAD
+        and not rflags & _RFLAGS_VM
+        and not cr3 >> lp.config.maxphyaddr
+        and (
+            not (activity or blocking or info & INTR_INFO_VALID)
+            or _events_valid(lp, rflags, activity, blocking, info, pin, ss)
+        )
     )
     if not valid:
         return GUEST_STATE
     return None if link == NO_VMCS or _link_valid(lp, vmcs, link) else LINK_POINTER
 
 
-def _rip_valid(rip: int, long_code: bool) -> bool:
+def _events_valid(
+    lp: LogicalProcessor, rflags: int, activity: int, blocking: int, info: int, pin: int, ss: int
+) -> bool:
+    kind = info >> 8 & 7 if info & INTR_INFO_VALID else None
+    return (
+        (kind != EventType.EXTERNAL_INTERRUPT or rflags & Rflags.IF != 0)
+        and _activity_valid(lp, activity, blocking, kind, info & 0xFF, ss)
+        and _blocking_valid(rflags, blocking, kind, pin)
+    )
+
+
+def _rip_valid(rip: int, long_code: int) -> bool:
     if not long_code:
         return rip <= U32_MAX
     # Only the bits above the linear-address width are compared: RIP may be non-canonical in the last bit.
@@ -172,7 +186,7 @@ def _unrestricted(vmcs: Vmcs) -> bool:
     return secondary != 0 and vmcs[Field.SECONDARY_PROC_CONTROLS] & Secondary.UNRESTRICTED_GUEST != 0
 
 
-# Segments, for a guest outside virtual-8086 mode: this unit has no others.
+# Segments. There are no guests in virtual-8086 mode here: RFLAGS.VM = 1 is refused.
 
 
 def _segment(vmcs: Vmcs, number: int) -> tuple[int, int, int, int]:
@@ -186,8 +200,6 @@ def _segment(vmcs: Vmcs, number: int) -> tuple[int, int, int, int]:
 
 
 def _segments_valid(vmcs: Vmcs) -> bool:
-    if vmcs[Field.GUEST_RFLAGS] & Rflags.VM:
-        return False
     return (
         _code_segment_valid(vmcs)
         and all(_data_segment_valid(vmcs, number) for number in _DATA_SEGMENTS)

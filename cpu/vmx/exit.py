@@ -28,6 +28,20 @@ _LENGTH = SLOT[Field.EXIT_INSTRUCTION_LENGTH]
 _INSTRUCTION_INFO = SLOT[Field.EXIT_INSTRUCTION_INFO]
 _ENTRY_INTR_INFO = SLOT[Field.VMENTRY_INTR_INFO]
 _ACTIVITY = SLOT[Field.GUEST_ACTIVITY_STATE]
+_STORE_COUNT = SLOT[Field.VMEXIT_MSR_STORE_COUNT]
+_entry_state = itemgetter(
+    *(
+        SLOT[field]
+        for field in (
+            Field.PIN_BASED_CONTROLS,
+            Field.PRIMARY_PROC_CONTROLS,
+            Field.GUEST_ACTIVITY_STATE,
+            Field.VMX_PREEMPTION_TIMER_VALUE,
+            Field.GUEST_INTERRUPTIBILITY_STATE,
+            Field.GUEST_RFLAGS,
+        )
+    )
+)
 _host_state = itemgetter(
     *(
         SLOT[field]
@@ -43,12 +57,36 @@ _host_state = itemgetter(
             Field.HOST_IA32_SYSENTER_CS,
             Field.HOST_IA32_SYSENTER_ESP,
             Field.HOST_IA32_SYSENTER_EIP,
-            Field.VMEXIT_MSR_STORE_COUNT,
             Field.VMEXIT_MSR_LOAD_COUNT,
         )
     )
 )
+
+# Plain integers, for an enum member costs more to look up than the rest of a test on the way of every entry and exit.
 _CR0_KEPT = Cr0.CD | Cr0.NW | Cr0.ET
+_EFER_LONG = Efer.LME | Efer.LMA
+_HOST_LONG = int(Exit.HOST_ADDRESS_SPACE_SIZE)
+_EXIT_LOADS = Exit.LOAD_EFER | Exit.LOAD_PAT | Exit.LOAD_PERF_GLOBAL_CTRL
+_TIMER_REASON = int(ExitReason.PREEMPTION_TIMER)
+_RFLAGS_FIXED = int(Rflags.FIXED)
+_VM_EXIT = Status.VM_EXIT
+_LONG, _PROTECTED = CodeMode.LONG, CodeMode.PROTECTED
+_WAIT_FOR_SIPI, _AWAKE = int(Activity.WAIT_FOR_SIPI), (int(Activity.ACTIVE), int(Activity.HLT))
+_TIMER, _MTF = int(Pin.PREEMPTION_TIMER), int(Primary.MONITOR_TRAP_FLAG)
+_NMI_WINDOW, _INTERRUPT_WINDOW = int(Primary.NMI_WINDOW_EXITING), int(Primary.INTERRUPT_WINDOW_EXITING)
+_WINDOWS = _NMI_WINDOW | _INTERRUPT_WINDOW
+_IF = int(Rflags.IF)
+_SYSENTER_CS, _SYSENTER_ESP, _SYSENTER_EIP, _FS_BASE, _GS_BASE, _DEBUGCTL = map(
+    int,
+    (
+        Msr.IA32_SYSENTER_CS,
+        Msr.IA32_SYSENTER_ESP,
+        Msr.IA32_SYSENTER_EIP,
+        Msr.IA32_FS_BASE,
+        Msr.IA32_GS_BASE,
+        Msr.IA32_DEBUGCTL,
+    ),
+)
 
 
 class VmExit(msgspec.Struct, frozen=True):
@@ -85,15 +123,14 @@ def leave_guest(
     if more.guest_physical is not None:
         vmcs[Field.GUEST_PHYSICAL_ADDRESS] = more.guest_physical
     data[_ENTRY_INTR_INFO] &= ~INTR_INFO_VALID & 0xFFFF_FFFF
-    if reason == ExitReason.PREEMPTION_TIMER and vmcs[Field.PRIMARY_VMEXIT_CONTROLS] & Exit.SAVE_PREEMPTION_TIMER:
+    if reason == _TIMER_REASON and vmcs[Field.PRIMARY_VMEXIT_CONTROLS] & Exit.SAVE_PREEMPTION_TIMER:
         vmcs[Field.VMX_PREEMPTION_TIMER_VALUE] = 0
     if intr_info == NMI_EXIT_INFO:
         lp.nmi_blocked = True
-    if vmcs[Field.VMEXIT_MSR_STORE_COUNT] and not store_msrs(lp, vmcs):
+    if data[_STORE_COUNT] and not store_msrs(lp, vmcs):
         abort(lp, vmcs, AbortIndicator.SAVING_GUEST_MSRS)
     load_host_state(lp, vmcs)
-    info = ExitInfo(reason, qualification, length, intr_info, data[_ACTIVITY])
-    return Outcome(Status.VM_EXIT, exit=info)
+    return Outcome(_VM_EXIT, exit=ExitInfo(reason, qualification, length, intr_info, data[_ACTIVITY]))
 
 
 def entry_failure(lp: LogicalProcessor, vmcs: Vmcs, reason: int, qualification: int) -> Outcome:
@@ -111,33 +148,30 @@ def entry_failure(lp: LogicalProcessor, vmcs: Vmcs, reason: int, qualification: 
 
 def load_host_state(lp: LogicalProcessor, vmcs: Vmcs) -> None:
     """Registers from the host-state area; VMX root operation."""
-    controls, cr0, cr3, cr4, rip, rsp, fs, gs, cs_msr, esp, eip, _stores, loads = _host_state(vmcs.data)
-    long_mode = controls & Exit.HOST_ADDRESS_SPACE_SIZE
+    controls, cr0, cr3, cr4, rip, rsp, fs, gs, cs_msr, esp, eip, loads = _host_state(vmcs.data)
+    long_mode = controls & _HOST_LONG
     lp.cr0 = cr0 & ~_CR0_KEPT | lp.cr0 & _CR0_KEPT
     lp.cr3 = cr3
     lp.cr4 = cr4
-    lp.rip, lp.rsp, lp.rflags = rip, rsp, int(Rflags.FIXED)
-    lp.msrs.update(
-        {
-            Msr.IA32_SYSENTER_CS: cs_msr,
-            Msr.IA32_SYSENTER_ESP: esp,
-            Msr.IA32_SYSENTER_EIP: eip,
-            Msr.IA32_FS_BASE: fs,
-            Msr.IA32_GS_BASE: gs,
-            Msr.IA32_DEBUGCTL: 0,
-        }
-    )
-    mode_bits = Efer.LME | Efer.LMA
-    lp.efer = lp.efer | mode_bits if long_mode else lp.efer & ~mode_bits
+    lp.rip, lp.rsp, lp.rflags = rip, rsp, _RFLAGS_FIXED
+    msrs = lp.msrs
+    msrs[_SYSENTER_CS], msrs[_SYSENTER_ESP], msrs[_SYSENTER_EIP] = cs_msr, esp, eip
+    msrs[_FS_BASE], msrs[_GS_BASE], msrs[_DEBUGCTL] = fs, gs, 0
+    lp.efer = lp.efer | _EFER_LONG if long_mode else lp.efer & ~_EFER_LONG
+    if controls & _EXIT_LOADS:
+        _load_chosen_msrs(lp, vmcs, controls)
+    lp.enter_root(_LONG if long_mode else _PROTECTED)
+    if loads and load_msrs(lp, vmcs[Field.VMEXIT_MSR_LOAD_ADDR], loads):
+        abort(lp, vmcs, AbortIndicator.LOADING_HOST_MSRS)
+
+
+def _load_chosen_msrs(lp: LogicalProcessor, vmcs: Vmcs, controls: int) -> None:
     if controls & Exit.LOAD_EFER:
         lp.efer = vmcs[Field.HOST_IA32_EFER]
     if controls & Exit.LOAD_PAT:
         lp.msrs[Msr.IA32_PAT] = vmcs[Field.HOST_IA32_PAT]
     if controls & Exit.LOAD_PERF_GLOBAL_CTRL:
         lp.msrs[Msr.IA32_PERF_GLOBAL_CTRL] = vmcs[Field.HOST_IA32_PERF_GLOBAL_CTRL]
-    lp.enter_root(CodeMode.LONG if long_mode else CodeMode.PROTECTED)
-    if loads and load_msrs(lp, vmcs[Field.VMEXIT_MSR_LOAD_ADDR], loads):
-        abort(lp, vmcs, AbortIndicator.LOADING_HOST_MSRS)
 
 
 def abort(lp: LogicalProcessor, vmcs: Vmcs, indicator: AbortIndicator) -> None:
@@ -152,32 +186,28 @@ def exit_at_entry(lp: LogicalProcessor, injected: int) -> ExitReason | None:
     By priority: INIT, monitor trap flag after an injection, preemption timer, NMI window, interrupt window.
     `injected` is the interruption information of the injected event, 0 if none.
     """
-    vmcs = lp.require_current()
-    activity = vmcs.data[_ACTIVITY]
-    if activity == Activity.WAIT_FOR_SIPI:
+    pin, primary, activity, timer, blocking, rflags = _entry_state(lp.require_current().data)
+    if activity == _WAIT_FOR_SIPI:
         return None
     if lp.init_pending:
         lp.init_pending = False
         return ExitReason.INIT
-    other_event = injected >> 8 & 7 == EventType.OTHER_EVENT
-    if other_event or (injected and vmcs[Field.PRIMARY_PROC_CONTROLS] & Primary.MONITOR_TRAP_FLAG):
+    if injected and (primary & _MTF or injected >> 8 & 7 == EventType.OTHER_EVENT):
         return ExitReason.MONITOR_TRAP_FLAG
-    if vmcs[Field.PIN_BASED_CONTROLS] & Pin.PREEMPTION_TIMER and not vmcs[Field.VMX_PREEMPTION_TIMER_VALUE]:
+    if pin & _TIMER and not timer:
         return ExitReason.PREEMPTION_TIMER
-    return window_exit(vmcs)
+    return _window_exit(primary, activity, blocking, rflags) if primary & _WINDOWS else None
 
 
 def window_exit(vmcs: Vmcs) -> ExitReason | None:
     """The NMI-window or interrupt-window exit that is due in the guest's present state, if any."""
-    primary = vmcs[Field.PRIMARY_PROC_CONTROLS]
-    if not primary & (Primary.NMI_WINDOW_EXITING | Primary.INTERRUPT_WINDOW_EXITING):
-        return None
-    blocking = vmcs[Field.GUEST_INTERRUPTIBILITY_STATE]
-    if primary & Primary.NMI_WINDOW_EXITING and not blocking & 0b1011:
+    _pin, primary, activity, _timer, blocking, rflags = _entry_state(vmcs.data)
+    return _window_exit(primary, activity, blocking, rflags) if primary & _WINDOWS else None
+
+
+def _window_exit(primary: int, activity: int, blocking: int, rflags: int) -> ExitReason | None:
+    if primary & _NMI_WINDOW and not blocking & 0b1011:
         return ExitReason.NMI_WINDOW
-    awake = vmcs.data[_ACTIVITY] in (Activity.ACTIVE, Activity.HLT)
-    open_window = vmcs[Field.GUEST_RFLAGS] & Rflags.IF and not blocking & 0b11
-    if primary & Primary.INTERRUPT_WINDOW_EXITING and awake and open_window:
+    if primary & _INTERRUPT_WINDOW and activity in _AWAKE and rflags & _IF and not blocking & 0b11:
         return ExitReason.INTERRUPT_WINDOW
     return None
-

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
+
 from .controls import Primary, Secondary
 from .errors import ExitReason
 from .fields import Field
 from .lp import LogicalProcessor
-from .vmcs import NO_VMCS, Vmcs
+from .vmcs import NO_VMCS, SLOT, Vmcs
 
 _BITMAP_BITS = 1 << 15
+_controls = itemgetter(SLOT[Field.PRIMARY_PROC_CONTROLS], SLOT[Field.SECONDARY_PROC_CONTROLS])
+_SECONDARY_CONTROLS = int(Primary.SECONDARY_CONTROLS)
+_VMCS_SHADOWING = int(Secondary.VMCS_SHADOWING)
 
 
 def shadowing(vmcs: Vmcs) -> bool:
     """The "VMCS shadowing" control is in effect."""
-    return (
-        vmcs[Field.PRIMARY_PROC_CONTROLS] & Primary.SECONDARY_CONTROLS != 0
-        and vmcs[Field.SECONDARY_PROC_CONTROLS] & Secondary.VMCS_SHADOWING != 0
-    )
+    primary, secondary = _controls(vmcs.data)
+    return bool(primary & _SECONDARY_CONTROLS and secondary & _VMCS_SHADOWING)
 
 
 def intercepted(lp: LogicalProcessor, encoding: int, reason: ExitReason) -> bool:

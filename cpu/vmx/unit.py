@@ -25,6 +25,9 @@ from .outcome import (
 from .vmcs import NO_VMCS, SHADOW_VMCS, SLOT, LaunchState, Vmcs
 
 _SUCCEED = Status.SUCCEED
+_NON_ROOT = VmxMode.NON_ROOT
+_VMLAUNCH, _VMRESUME = ExitReason.VMLAUNCH, ExitReason.VMRESUME
+_LAUNCHED = int(LaunchState.LAUNCHED)
 _REVISION_BITS = 0x7FFF_FFFF
 
 
@@ -191,7 +194,7 @@ class VmxUnit(LogicalProcessor):
 
     def vmlaunch(self) -> Outcome:
         """Enter the guest of the current VMCS, whose launch state has to be clear. See `vmresume` for the result."""
-        return self._enter(ExitReason.VMLAUNCH)
+        return self._enter(_VMLAUNCH)
 
     def vmresume(self) -> Outcome:
         """Enter the guest of the current VMCS, whose launch state has to be launched.
@@ -199,7 +202,7 @@ class VmxUnit(LogicalProcessor):
         SUCCEED: the unit is in VMX non-root operation, the guest runs. VM_EXIT: the entry failed on guest state (bit 31
         of the reason) or an event that was waiting ended the guest at once; the unit is in root operation.
         """
-        return self._enter(ExitReason.VMRESUME)
+        return self._enter(_VMRESUME)
 
     def _enter(self, reason: ExitReason) -> Outcome:
         if not self._plain and (refused := self._refuse(reason, 3)):
@@ -210,10 +213,10 @@ class VmxUnit(LogicalProcessor):
         if self.mov_ss_blocking:
             return self.fail(Error.ENTRY_BLOCKED_BY_MOV_SS)
         launch = vmcs.data[0]
-        if reason is ExitReason.VMLAUNCH:
+        if reason is _VMLAUNCH:
             if launch != LaunchState.CLEAR:
                 return self.fail(Error.VMLAUNCH_NOT_CLEAR)
-        elif launch != LaunchState.LAUNCHED:
+        elif launch != _LAUNCHED:
             corrupted = launch == LaunchState.CORRUPTED
             return self.fail(Error.VMRESUME_AFTER_VMXOFF if corrupted else Error.VMRESUME_NOT_LAUNCHED)
         return entry.enter_guest(self, vmcs)
@@ -231,7 +234,7 @@ class VmxUnit(LogicalProcessor):
         `details` has the exit information beside the four arguments. An exit due to an NMI blocks NMIs.
         Raises RuntimeError outside VMX non-root operation.
         """
-        if self._mode is not VmxMode.NON_ROOT:
+        if self._mode is not _NON_ROOT:
             raise RuntimeError("a VM exit happens in VMX non-root operation only")
         return leave_guest(self, reason, qualification, instruction_length, intr_info, details)
 

@@ -11,7 +11,7 @@ from history import INFO, LOCK, Run
 from bus.events import EVENTS, NONE
 from bus.invariant import EXPLAINED_BY_DEATH
 from bus.invariants import INVARIANTS
-from bus.judge import judge, judge_records
+from bus.judge import Judge, judge, judge_records
 from bus.story import COLUMNS, LINES, Story, line, tell
 
 V, W = 0x12000, 0x13000
@@ -148,6 +148,30 @@ def test_a_run_that_did_not_end_well_is_incomplete(end: str) -> None:
 def test_a_violation_outweighs_everything() -> None:
     """unsafe, even if the run was cut."""
     assert Run().cpu(0).load(V).put(V).cpu(0, "reader").call_none(V).judge().verdict == "unsafe"
+
+
+def test_a_judge_can_watch() -> None:
+    """Shown record by record, a violation is known as soon as it happens."""
+    run = Run().cpu(0).load(V).put(V).cpu(0, "reader").call_none(V)
+    watching = Judge(run.records[0])
+    seen = []
+    for record in run.records:
+        watching.see(record)
+        seen.append(watching.violated)
+    assert seen == [()] * (len(run.records) - 1) + [("I2",)]
+
+
+def test_the_judgement_shows_who_waits_for_whom() -> None:
+    """Open waits are listed, and the cycle among them."""
+    run = Run().cpu(0).lock_request(1).lock_hold(1, 1).csd_lock(1, 7).cpu(1, irqs=False).lock_request(1)
+    run.cpu(2).lock_request(1)
+    judgement = run.judge()
+    assert {(wait.node, wait.on, wait.kind) for wait in judgement.waits} == {
+        ("cpu0", "cpu1", "call"),
+        ("cpu1", "cpu0", "lock"),
+        ("cpu2", "cpu0", "lock"),
+    }
+    assert {wait.node for wait in judgement.cycle} == {"cpu0", "cpu1"}
 
 
 # Run directories

@@ -227,6 +227,13 @@ def test_relocation_writes_base_plus_addend() -> None:
     assert struct.unpack_from("<2Q", module, 2 * PAGE) == (0xFFFF_8000_0000_1000, 0xFFFF_8000_0000_1010)
 
 
+def test_relocation_reaches_the_last_word() -> None:
+    """A target in the last 8 bytes, with the largest addend, is in order."""
+    module = bytearray(put(make_module(key=KEY).module, 0x400, struct.pack("<QQQ", 6 * PAGE - 8, 8, 6 * PAGE - 1)))
+    elf.relocate(module, 1)
+    assert struct.unpack_from("<Q", module, 6 * PAGE - 8) == (6 * PAGE,)
+
+
 def test_too_short_for_elf() -> None:
     """An image shorter than a header is refused, and has no sections to find."""
     with pytest.raises(elf.ElfError):

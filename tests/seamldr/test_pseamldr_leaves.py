@@ -77,6 +77,9 @@ class TestGate:
         """row-14: an LP that dies outside SEAM harms nobody."""
         assert not bench.gate.shutdown(2)
         assert bench.gate.enter(1, INFO) is Admission.ADMITTED
+        assert bench.gate.shutdown(1)
+        assert not bench.gate.shutdown(2)
+        assert bench.gate.enter(0, INFO) is Admission.SEAM_DEAD
 
 
 @pytest.mark.parametrize(
@@ -297,6 +300,16 @@ def test_cleanup_complete(bench: LoaderBench) -> None:
     assert not bench.state.dirty
     assert (bench.state.num_remaining_updates, bench.state.seamdb_entries) == (6, 0)
     assert bench.state.cleanup_bitmap == set()
+
+
+def test_every_install_dirties_again(bench: LoaderBench) -> None:
+    """Each CLEANUP after an install renews all keys and flushes all blocks."""
+    for _ in range(2):
+        for lp in range(3):
+            bench.call(lp, CLEANUP)
+        units = bench.platform.private_keyids + bench.platform.cache_sub_blocks
+        assert cleanup_until_done(bench, interrupts_pending=INTR_PENDING_NMI) == units
+        assert bench.load(published("1.5.06")) == Return(0, 0)
 
 
 def test_cleanup_by_package(make_bench: MakeBench) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import msgspec
 import pytest
-from tdx_bench import HANDOFF, HV0, HV0_NEXT, HV1, HV1_NEXT, SCRATCH, VMFAILINVALID, Host
+from tdx_bench import HANDOFF, HV0, HV0_NEXT, HV1, HV1_NEXT, SCRATCH, TDMR, VMFAILINVALID, Host
+
 from seamldr.tdx_boot import init_lps
 from seamldr.tdx_handoff import HandoffHeader, write_header
 from seamldr.tdx_leaves import TdhLeaf as L
@@ -164,8 +165,6 @@ def key_config_too_early() -> tuple[int, ...]:
 
 def configured(**arguments: int) -> Host:
     """A module in SYSCONFIG_DONE."""
-    from tdx_bench import TDMR
-
     host = inited(**arguments)
     TDMR.write(host.memory, 0x2000)
     host.memory.write64(SCRATCH, 0x2000)

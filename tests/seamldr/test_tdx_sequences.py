@@ -20,6 +20,7 @@ from tdx_bench import (
     Snapshot,
     assert_update_invariants,
 )
+
 from seamldr.identity import ModuleIdentity
 from seamldr.tdx_boot import init_lps
 from seamldr.tdx_call import Registers
@@ -105,7 +106,7 @@ def test_f1_an_lp_in_a_guest_holds_off_the_shutdown() -> None:
 
 
 def test_f2_a_td_in_build_can_hold_off_the_shutdown() -> None:
-    """With bit 16 the count of TDs in build is reported and the module stays ready; without it the count is handed over."""
+    """With bit 16 TDs in build are counted and the module stays ready; without it the count is handed over."""
     host = Host()
     first = host.add_vcpu(host.new_td(33))
     assert host.shutdown(0x10001) == 0x8000_0512_0001_0000
@@ -216,7 +217,7 @@ def test_f7_one_lp_with_another_tsc_adjust() -> None:
     ids=["other-version", "downgrade-allowed", "too-few-pages"],
 )
 def test_f8_signature_data_that_contradict_the_image(params: HandoffParams) -> None:
-    """SYS.INIT fails, the module stays where it was and LPs cannot be initialised; a stricter minimum is no contradiction."""
+    """SYS.INIT fails and the module stays where it was; a stricter minimum is no contradiction."""
     host = Host()
     host.shutdown()
     host.install(HV1_NEXT, handoff_params=params)
@@ -242,7 +243,7 @@ def _mrtd_of_build(host: Host, *, new: ModuleIdentity | None, r9: int = 0) -> tu
 
 
 def test_f9_detecting_an_update_during_a_td_build() -> None:
-    """With another crypto library the measurement is silently wrong, unless UPDATE switched on the check in FINALIZE."""
+    """With another crypto library the measurement is silently wrong, unless UPDATE switched on FINALIZE's check."""
     other = msgspec.structs.replace(HV1_NEXT, crypto_version=2)
     expected = _mrtd_of_build(Host(), new=None)
     assert expected[0] == 0
@@ -254,7 +255,7 @@ def test_f9_detecting_an_update_during_a_td_build() -> None:
 
 
 def test_f10_bad_update_flags_can_be_corrected() -> None:
-    """A flag that FEATURES0 does not have is refused, the module waits in SYSINIT_DONE, and version 0 then succeeds."""
+    """A flag that FEATURES0 does not have is refused in SYSINIT_DONE, and version 0 then succeeds."""
     host = Host()
     host.shutdown()
     host.install(HV1_NEXT)
@@ -329,7 +330,7 @@ def test_fifty_updates_in_a_row(identity: ModuleIdentity) -> None:
 
 
 def test_an_update_may_come_in_the_middle_of_everything() -> None:
-    """A TD without keys, one blocked with half its caches written back, one in teardown: all go on under the next module."""
+    """A TD half keyed, one blocked with half its caches written back, one in teardown: all go on afterwards."""
     host = Host(HV1, lps=4, pkgs=2)
     tdr = next(host.pages)
     assert host.call(0, L.TDH_MNG_CREATE, rcx=tdr, rdx=40) == 0

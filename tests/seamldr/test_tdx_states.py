@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 from tdx_bench import HV0, HV1, HV1_NEXT, PAMT, SCRATCH, TDMR, Host
+
 from seamldr.tdx_boot import init_lps, must
 from seamldr.tdx_leaves import BEFORE_READY, TdhLeaf
 from seamldr.tdx_metadata import MODULE_HV
-from seamldr.tdx_module import HANDLERS
+from seamldr.tdx_module import HANDLERS, ModuleDead, Registers, TdxModule
 from seamldr.tdx_state import SysState
 from seamldr.tdx_status import STATUS_MASK, TdxStatus
 
@@ -263,8 +264,6 @@ def test_a_buffer_must_be_shared_memory_outside_the_seam_range() -> None:
 
 def test_a_dead_module_stays_dead() -> None:
     """After a failed assertion every call ends in ModuleDead, also after the state was saved and loaded."""
-    from seamldr.tdx_module import ModuleDead, Registers, TdxModule
-
     host = Host(HV1)
     host.tdx.die()
     with pytest.raises(ModuleDead):
