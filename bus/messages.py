@@ -198,17 +198,23 @@ class StopTask(Message, frozen=True, tag="stop_task"):
 
 
 class ReadVersion(Message, frozen=True, tag="read_version"):
-    """User space reads `seamldr_version` on this CPU."""
+    """User space reads `seamldr_version` on this CPU; `buffer` is a free page for SEAMLDR_INFO."""
 
     request: U64
+    buffer: U64
 
 
 class InstallModule(Message, frozen=True, tag="install_module"):
-    """User space uploaded a module image of `length` bytes into these physical pages."""
+    """User space uploaded a module image of `length` bytes into these pages; `params` is one for SEAMLDR_PARAMS."""
 
     request: U64
     length: U32
     pages: tuple[U64, ...]
+    params: U64
+
+
+class Preempt(Message, frozen=True, tag="preempt"):
+    """Something short runs on this CPU now: whatever vCPU is there is scheduled out and in again."""
 
 
 class AdminDone(Message, frozen=True, tag="admin_done"):
@@ -244,6 +250,7 @@ Body = (
     | StopTask
     | ReadVersion
     | InstallModule
+    | Preempt
     | AdminDone
 )
 

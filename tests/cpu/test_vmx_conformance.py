@@ -1,8 +1,9 @@
 """The conformance table of the VMX unit: one test a row, through `run_script` and, for SEAM, through the unit.
 
-A row is written in a small notation, one operation a line: `name arguments [:modifier ...] [@cpu] -> result`. Results: OK,
-a value, VFI (VMfailInvalid), VF(n), #UD, #GP, #PF, exit(reason), none (the processor does not answer), posted. X and X1
-are the VMXON regions of CPU 0 and 1, A and B VMCS regions, P is a page without a revision identifier, M is bit MAXPHYADDR.
+A row is written in a small notation, one operation a line: `name arguments [:modifier ...] [@cpu] -> result`. Results:
+OK, a value, VFI (VMfailInvalid), VF(n), #UD, #GP, #PF, exit(reason), none (the processor does not answer), posted. X and
+X1 are the VMXON regions of CPU 0 and 1, A and B VMCS regions, P is a page without a revision identifier, M is bit
+MAXPHYADDR.
 """
 
 from __future__ import annotations

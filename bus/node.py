@@ -1,0 +1,81 @@
+"""One process of a machine, joined to it: records, clock, endpoint, memory, and how it comes and goes."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import trio
+
+from bus.clock import LamportClock
+from bus.endpoint import Endpoint, open_endpoint
+from bus.link import Identity
+from bus.memory import PhysicalMemory
+from bus.messages import Hello
+from bus.records import Recorder, open_records
+from bus.spec import LAUNCHER, MachineSpec
+
+HEAD = 16
+"""Bytes of a refused frame that its record shows."""
+
+
+class Node:
+    """What a process of the machine has; made by `join`."""
+
+    def __init__(
+        self, spec: MachineSpec, identity: Identity, clock: LamportClock, recorder: Recorder, endpoint: Endpoint
+    ) -> None:
+        self.spec = spec
+        self.identity = identity
+        self.clock = clock
+        self.recorder = recorder
+        self.endpoint = endpoint
+        self.emit = recorder.emit
+
+    def say_hello(self, pid: int) -> None:
+        """Tell the launcher that this process is online."""
+        self.endpoint.send(LAUNCHER, Hello(pid))
+
+
+@contextlib.asynccontextmanager
+async def join(spec: MachineSpec, node: str, incarnation: int) -> AsyncIterator[Node]:
+    """Open records and endpoint; every other process of the machine is known to be in its first incarnation."""
+    clock = LamportClock()
+    recorder = open_records(Path(spec.run_dir, "records", f"{node}.jsonl"), node, clock, spec.trace)
+    identity = Identity(node, incarnation)
+
+    def on_refused(reason: str, head: bytes) -> None:
+        recorder.emit("refused", reason=reason, head=head[:HEAD].hex())
+
+    connections = len(spec.nodes()) + 1 if node == LAUNCHER else 64
+    async with open_endpoint(identity, spec.socket_dir, spec.key, clock, on_refused, connections) as endpoint:
+        for other in [LAUNCHER, *spec.nodes()]:
+            if other != node:
+                endpoint.member(other, 1, "online")
+        try:
+            yield Node(spec, identity, clock, recorder, endpoint)
+        finally:
+            recorder.close()
+
+
+@contextlib.asynccontextmanager
+async def until_terminated() -> AsyncIterator[None]:
+    """Run the block until it ends or SIGTERM comes. SIGINT is the launcher's affair and ignored here."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with trio.open_signal_receiver(signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def watch() -> None:
+                async for _ in signals:
+                    nursery.cancel_scope.cancel()
+
+            nursery.start_soon(watch)
+            yield
+            nursery.cancel_scope.cancel()
+
+
+def shared_memory(spec: MachineSpec) -> PhysicalMemory:
+    """The machine's memory, mapped in this process."""
+    return PhysicalMemory.attach(spec.memory_fd)

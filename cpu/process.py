@@ -1,0 +1,272 @@
+"""The process of one CPU: a trio program around the step loop. It gives the loop messages, time and the SEAM side."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from time import monotonic_ns
+
+import msgspec
+import trio
+
+from bus.link import Delivery
+from bus.messages import (
+    Body,
+    Ipi,
+    LockAcquire,
+    LockGrant,
+    LockRelease,
+    Member,
+    Query,
+    Ring,
+    Seamcall,
+    SeamcallEvent,
+    Seamret,
+    Start,
+    Stop,
+    Stopped,
+    Waits,
+)
+from bus.node import Node, join, shared_memory, until_terminated
+from bus.spec import LAUNCHER, SEAMLDR, MachineSpec, cpu_number
+from cpu import watch
+from cpu.core import CpuFunction, GuestExit, GuestRun, Kernel, SeamReply, SeamTrap
+from cpu.cpu import Cpu
+from cpu.loop import Need, Priority, StepLoop, Thread
+from cpu.stop_machine import cpu_stopper_thread
+from cpu.vmx import VmxConfig, VmxUnit
+
+QUANTUM = 256
+"""Operations between two looks at the inbox."""
+
+BREATH_NS = 5_000_000
+"""Longest time without giving trio its turn."""
+
+EXITS_PER_REST = 4
+"""VM exits that follow each other at once; then the guest runs for a while."""
+
+
+class Personality(msgspec.Struct, frozen=True):
+    """What the rooms above make of a CPU: its kernel, how it comes up and goes down, and what messages make it do.
+
+    `spawn` turns a message that is not the CPU's own into a new thread, or into a change of one that is there.
+    """
+
+    config: VmxConfig
+    kernel: Kernel
+    cpu_up: CpuFunction
+    cpu_down: CpuFunction
+    spawn: Callable[[CpuProcess, Body], Thread | None]
+    thread_ended: Callable[[CpuProcess, Thread], None]
+
+
+class CpuWorld:
+    """The bus as kernel code reaches it."""
+
+    def __init__(self, node: Node) -> None:
+        self._send = node.endpoint.send
+
+    def send_ipi(self, target: int, vector: int, nmi: bool) -> str:
+        return self._send(f"cpu{target}", Ipi(vector, nmi))
+
+    def ring(self, target: int, word: int) -> None:
+        self._send(f"cpu{target}", Ring(word))
+
+    def lock_acquire(self, lock: str, level: int, request: int) -> None:
+        self._send(SEAMLDR, LockAcquire(lock, level, request))
+
+    def lock_release(self, lock: str, epoch: int, number: int) -> None:
+        self._send(SEAMLDR, LockRelease(lock, epoch, number))
+
+    def now_ns(self) -> int:
+        return monotonic_ns()
+
+
+class CpuProcess:
+    """One CPU on the bus."""
+
+    def __init__(self, node: Node, number: int, personality: Personality) -> None:
+        self.node = node
+        self.spec = node.spec
+        self.endpoint = node.endpoint
+        self.personality = personality
+        unit = VmxUnit(personality.config, shared_memory(node.spec))
+        unit.reset_to_vmx_ready()
+        self.cpu = Cpu(
+            number,
+            unit,
+            unit.memory,
+            node.clock,
+            CpuWorld(node),
+            personality.kernel,
+            node.emit,
+            trace=node.spec.trace,
+            quantum=QUANTUM,
+        )
+        node.recorder.context = self.cpu.record_context
+        self.loop = StepLoop(self.cpu, self._thread_ended)
+        self.stopping = False
+        self.done = False
+        self._rested = monotonic_ns()
+        self._exits = 0
+        self._calls = 0
+        self._seamret: Seamret | None = None
+
+    # Messages
+
+    def _poll(self) -> None:
+        for delivery in self.endpoint.drain_nowait():
+            self._handle(delivery)
+        if self.loop.sleepers:
+            self.loop.wake_sleepers()
+
+    def _handle(self, delivery: Delivery) -> None:
+        match delivery.body:
+            case Ipi() as ipi:
+                self._interrupt(delivery, ipi)
+            case Ring() | Start():
+                pass
+            case LockGrant(request=request, epoch=epoch, number=number):
+                self.cpu.lock_granted(request, epoch, number)
+            case Seamret() as seamret:
+                self._seamret = seamret
+            case Stop():
+                self._begin_to_stop()
+            case Member(node=node, incarnation=incarnation, state=state):
+                self.endpoint.member(node, incarnation, state)
+            case Query():
+                what, on = self.cpu.waits_for
+                self.endpoint.send(LAUNCHER, Waits(what, on, self.cpu.count.operations))
+            case body:
+                thread = self.personality.spawn(self, body)
+                if thread is not None:
+                    self.loop.add(thread)
+
+    def _interrupt(self, delivery: Delivery, ipi: Ipi) -> None:
+        cpu, vector, nmi = self.cpu, ipi.vector, ipi.nmi
+        if not nmi and vector not in cpu.kernel.interrupts:
+            cpu.emit("refused", reason="vector", head=f"{vector:02x}")
+            return
+        coalesced = cpu.apic.accept_nmi() if nmi else cpu.apic.accept(vector)
+        cpu.count.ipis_delivered += 1
+        source = delivery.source.node
+        cpu.emit(
+            "ipi_deliver", source=source, vector=vector, nmi=int(nmi), id=delivery.id, coalesced=int(coalesced)
+        )
+
+    # Threads
+
+    def _thread_ended(self, thread: Thread) -> None:
+        if thread.name == "down":
+            self.done = True
+        else:
+            self.personality.thread_ended(self, thread)
+
+    def _begin_to_stop(self) -> None:
+        if not self.stopping:
+            self.stopping = True
+            self.loop.add(Thread("down", Priority.KERNEL, self.personality.cpu_down(self.cpu)))
+
+    # The loop
+
+    async def run(self) -> None:
+        """Until the CPU has gone down."""
+        cpu = self.cpu
+        reply: GuestExit | SeamReply | None = None
+        while not self.done:
+            need = self.loop.step(reply)
+            reply = None
+            if need is Need.POLL:
+                self._poll()
+                await self._breathe()
+            elif need is Need.RELAX:
+                await self._sleep(list(cpu.recent_loads))
+            elif need is Need.IDLE:
+                await self._sleep([word for thread in self.loop.sleepers for word in thread.sleeping_on or []])
+            elif isinstance(need, GuestRun):
+                reply = await self._run_guest()
+            elif isinstance(need, SeamTrap):
+                reply = await self._seamcall(need)
+
+    async def _breathe(self) -> None:
+        now = monotonic_ns()
+        if now - self._rested > BREATH_NS:
+            self._rested = now
+            await trio.lowlevel.checkpoint()
+
+    async def _sleep(self, loads: list[tuple[int, int]]) -> None:
+        """Until a message comes, unless one of the words changes before."""
+        cpu = self.cpu
+        self._poll()
+        if self.done or self.loop.event_due():
+            return
+        if watch.arm(cpu.memory, cpu.number, loads):
+            await self.endpoint.wait()
+        watch.disarm(cpu.memory, cpu.number)
+        self._poll()
+
+    async def _run_guest(self) -> GuestExit:
+        """The guest runs until it exits by itself or an event ends it."""
+        apic = self.cpu.apic
+        self.loop.account_exit()
+        self._exits += 1
+        rest = 0 if self._exits % EXITS_PER_REST else self.spec.workload.guest_ns / 1e9
+        with trio.move_on_after(rest) as guest_time:
+            while rest:
+                self._poll()
+                if apic.nmi_pending or apic.irr:
+                    break
+                await self.endpoint.wait()
+        if not guest_time.cancelled_caught:
+            self._poll()
+        if apic.nmi_pending:
+            apic.nmi_pending = False
+            return GuestExit(nmi=True)
+        return GuestExit(vector=apic.acknowledge()) if apic.irr else GuestExit()
+
+    async def _seamcall(self, request: SeamTrap) -> SeamReply:
+        """In SEAM until it returns: what arrives stays pending."""
+        cpu = self.cpu
+        self._calls += 1
+        epoch, number = cpu.tokens.get("seamldr_lock", (0, 0))
+        call = Seamcall(self._calls, request.rax, request.registers, epoch, number, cpu.irqs_on)  # type: ignore[arg-type]
+        self.endpoint.send(SEAMLDR, call)
+        told = bool(request.rax >> 63)
+        cpu.waits_for = ("in SEAM", SEAMLDR)
+        while True:
+            self._poll()
+            seamret = self._seamret
+            if seamret is not None and seamret.call == self._calls:
+                break
+            if not told and (cpu.apic.irr or cpu.apic.nmi_pending):
+                told = True
+                self.endpoint.send(SEAMLDR, SeamcallEvent(self._calls, cpu.apic.nmi_pending))
+            await self.endpoint.wait()
+        cpu.waits_for = ("", "")
+        return SeamReply(seamret.entered, seamret.rax, seamret.registers)
+
+    def counters(self) -> None:
+        """Write the totals so far."""
+        self.cpu.emit("counters", counts=msgspec.structs.asdict(self.cpu.count))
+
+
+def main(spec: MachineSpec, node: str, incarnation: int, personality: Personality) -> None:
+    """The process of the CPU called `node`."""
+    number = cpu_number(node)
+    assert number is not None
+    trio.run(_main, spec, node, incarnation, number, personality)
+
+
+async def _main(spec: MachineSpec, name: str, incarnation: int, number: int, personality: Personality) -> None:
+    async with until_terminated(), join(spec, name, incarnation) as node:
+        process = CpuProcess(node, number, personality)
+        cpu = process.cpu
+        process.loop.add(Thread(f"migration/{number}", Priority.STOPPER, cpu_stopper_thread(cpu)))
+        process.loop.add(Thread("up", Priority.KERNEL, personality.cpu_up(cpu)))
+        while process.loop.step() is Need.POLL:
+            pass
+        node.say_hello(os.getpid())
+        await process.run()
+        process.counters()
+        node.endpoint.send(LAUNCHER, Stopped(msgspec.structs.asdict(cpu.count)))
+        await node.endpoint.flush()
