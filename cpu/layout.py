@@ -1,6 +1,7 @@
 """The map of physical memory: who lives where. Computed from the topology, the same in every process.
 
     0x0010_0000  words of the whole kernel (online mask, update control, stop_machine)
+    0x0018_0000  TDVPR addresses of the TDs that firmware built, plain u64
     0x0020_0000  watch slots, 64 bytes a CPU, in one row so that a store searches them at memory speed
     0x0100_0000  per-CPU areas, four pages a CPU: two of words, VMXON region, scratch VMCS
     0x0800_0000  task area, two pages a task: struct task with struct vcpu and struct loaded_vmcs, VMCS region
@@ -20,6 +21,7 @@ MAX_TASKS = 8192
 WATCH_SLOTS = 8
 
 KERNEL_WORDS = 0x0010_0000
+TD_TABLE = 0x0018_0000
 WATCH_TABLE = 0x0020_0000
 PER_CPU = 0x0100_0000
 PER_CPU_SIZE = 4 * PAGE_SIZE

@@ -124,9 +124,9 @@ def born_finalized(
 ) -> TdHandle:
     """A TD that can run, built on a booted module by the leaves that a host would call.
 
-    `pages` yields free pages of a TDMR, `pages_needed` of them; `scratch_pa` is a page of host memory (TD_PARAMS, and
-    the content of the TD's pages). vCPU i stays bound to LP `associate[i]`, or to none if that is None or missing. Raises
-    BootError if a leaf fails, StopIteration if `pages` runs out.
+    `pages` yields free pages of a TDMR, `pages_needed` of them; `scratch_pa` is a page of host memory, for TD_PARAMS
+    and the content of the TD's pages. vCPU i stays bound to LP `associate[i]`, or to none if that is None or missing.
+    Raises BootError if a leaf fails, StopIteration if `pages` runs out.
     """
     first = module.platform.lps[0]
     td = create_td(module, hkid=hkid, pages=pages, scratch_pa=scratch_pa, max_vcpus=vcpus)

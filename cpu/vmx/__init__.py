@@ -9,6 +9,7 @@ from .fields import FIELD_TABLE, Field, FieldInfo, FieldType, Width
 from .lp import CodeMode, VmxMode
 from .outcome import ExitInfo, Outcome, Status, Vector
 from .script import ScriptError, run_script
+from .suspicions import Finding, Suspicion, find_suspicions
 from .unit import VmxUnit
 from .vmcs import NO_VMCS, LaunchState, Vmcs
 
@@ -23,12 +24,14 @@ __all__ = [
     "Field",
     "FieldInfo",
     "FieldType",
+    "Finding",
     "LaunchState",
     "Msr",
     "Outcome",
     "ScriptError",
     "Signal",
     "Status",
+    "Suspicion",
     "Vector",
     "VmExit",
     "VmInstructionError",
@@ -37,5 +40,6 @@ __all__ = [
     "VmxMode",
     "VmxUnit",
     "Width",
+    "find_suspicions",
     "run_script",
 ]

@@ -84,7 +84,7 @@ class Layout:
 
     def __init__(self, config: VmxConfig) -> None:
         supported = frozenset(SLOT) if config.supported_fields is None else config.supported_fields
-        full = {field & ~1 if type_of_high(field) else field for field in supported}
+        full = {field & ~1 if is_high_half(field) else field for field in supported}
         if bad := sorted(field for field in full if not is_well_formed(field)):
             raise ValueError(f"no VMCS field can have the encoding {bad[0]:#x}")
         extra = sorted(full - SLOT.keys())
@@ -109,7 +109,7 @@ class Layout:
         return array("Q", raw.to_bytes(self.size, "little"))
 
 
-def type_of_high(encoding: int) -> bool:
+def is_high_half(encoding: int) -> bool:
     """The encoding is the high half of a 64-bit field."""
     return encoding & 1 == 1 and encoding >> 13 & 3 == 1
 

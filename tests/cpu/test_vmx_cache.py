@@ -5,7 +5,19 @@ from __future__ import annotations
 import pytest
 
 from bus.memory import PhysicalMemory
-from cpu.vmx import NO_VMCS, CodeMode, Field, LaunchState, Outcome, Status, VmxConfig, VmxMode, VmxUnit
+from cpu.vmx import (
+    NO_VMCS,
+    CodeMode,
+    Field,
+    LaunchState,
+    Outcome,
+    Status,
+    Suspicion,
+    VmxConfig,
+    VmxMode,
+    VmxUnit,
+    find_suspicions,
+)
 from cpu.vmx.guests import named_fields
 
 X0, X1, A, B = 0x1000, 0x2000, 0x3000, 0x4000
@@ -198,3 +210,26 @@ def test_seamcall_needs_seamrr() -> None:
     """Without a valid SEAM range register SEAMCALL is #GP, in root operation."""
     unit = processor(PhysicalMemory.private(1 << 16), X0, VmxConfig(seamrr_mask=0))
     assert unit.seamcall_check(1 << 63) == Outcome(Status.EXCEPTION, vector=13)
+
+
+def test_suspicions(two: tuple[VmxUnit, VmxUnit]) -> None:
+    """What instructions accept and software must not do is found by looking at all processors."""
+    first, second = two
+    units = {0: first, 1: second}
+    assert find_suspicions(units) == []
+    first.vmptrld(A)
+    second.vmptrld(A)
+    first.vmptrld(X1)
+    found = {(finding.pa, finding.suspicion): finding.cpus for finding in find_suspicions(units)}
+    assert found == {
+        (X1, Suspicion.NEVER_CLEARED): (0,),
+        (X1, Suspicion.VMXON_ACTIVE): (0, 1),
+        (A, Suspicion.ACTIVE_TWICE): (0, 1),
+    }
+    first.vmxoff()
+    assert first.vmxon(X1).ok and first.vmptrld(B).ok
+    assert first.vmxoff().ok and first.vmxon(X1).ok and first.vmptrld(B).ok
+    assert {(finding.pa, finding.suspicion) for finding in find_suspicions(units)} == {
+        (X1, Suspicion.VMXON_TWICE),
+        (B, Suspicion.CORRUPTED),
+    }

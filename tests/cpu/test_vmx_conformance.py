@@ -1,9 +1,9 @@
 """The conformance table of the VMX unit: one test a row, through `run_script` and, for SEAM, through the unit.
 
 A row is written in a small notation, one operation a line: `name arguments [:modifier ...] [@cpu] -> result`. Results:
-OK, a value, VFI (VMfailInvalid), VF(n), #UD, #GP, #PF, exit(reason), none (the processor does not answer), posted. X and
-X1 are the VMXON regions of CPU 0 and 1, A and B VMCS regions, P is a page without a revision identifier, M is bit
-MAXPHYADDR.
+OK, a value, VFI (VMfailInvalid), VF(n), #UD, #GP, #PF, exit(reason), none (the processor does not answer), posted.
+X and X1 are the VMXON regions of CPU 0 and 1, A and B VMCS regions, P is a page without a revision identifier, M is
+bit MAXPHYADDR.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def operation(text: str) -> dict[str, Any]:
 
 def agrees(result: dict[str, Any], expected: str) -> bool:
     """A result is what the notation says."""
-    status = result["status"]
+    status: str = result["status"]
     if expected.startswith("VF("):
         return status == "fail_valid" and str(result["error"]) in expected[3:-1].split("|")
     if expected.startswith("exit("):
@@ -224,7 +224,7 @@ def agrees(result: dict[str, Any], expected: str) -> bool:
         return status == "exception" and result["vector"] == {"#UD": 6, "#GP": 13, "#PF": 14}[expected]
     plain = {"OK": "succeed", "VFI": "fail_invalid", "none": "no_response", "posted": "posted"}
     if expected in plain:
-        return bool(status == plain[expected])
+        return status == plain[expected]
     return status == "succeed" and int(result["value"], 16) == number(expected)
 
 
@@ -232,7 +232,7 @@ def check(text: str, caps: dict[str, int] | None = None) -> None:
     """Run the operations of `text` and compare every result."""
     lines = [line.split(" -> ") for line in text.strip().splitlines()]
     full = {f"msr_{msr:x}": f"{value:#x}" for msr, value in DEFAULT_CAPS.items()}
-    config = {"maxphyaddr": 52, "vmcs_revision_id": REVISION, "cpus": 2}
+    config: dict[str, Any] = {"maxphyaddr": 52, "vmcs_revision_id": REVISION, "cpus": 2}
     config["caps"] = full | {name: f"{value:#x}" for name, value in (caps or {}).items()}
     results = run_script(config, [operation(line[0]) for line in lines])
     wrong = [(line, got) for line, got in zip(lines, results, strict=True) if not agrees(got, line[1])]

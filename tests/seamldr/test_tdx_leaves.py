@@ -485,7 +485,7 @@ def test_an_lp_cannot_call_from_inside_a_guest() -> None:
             misuse(0)
 
 
-# Handoff, platform, helpers
+# Handoff, platform, boot
 
 
 @pytest.mark.parametrize(("identity", "size"), [(HV0, 53386), (HV1, 57336)], ids=["hv0", "hv1"])

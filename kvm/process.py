@@ -1,0 +1,244 @@
+"""The KVM process: host user space and the load balancer. It asks; the CPUs do.
+
+Which CPU has a task is one word in shared memory, written by the CPU that has it. This process only reads it, sends requests
+over the bus, and owns the pages that user space's buffers are made of.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from time import monotonic_ns
+
+import trio
+
+from bus.link import Delivery
+from bus.memory import PAGE_SIZE, PhysicalMemory
+from bus.messages import (
+    AdminDone,
+    Finished,
+    InstallModule,
+    Member,
+    MoveTask,
+    Preempt,
+    Progress,
+    Query,
+    ReadVersion,
+    RunTask,
+    Start,
+    Stop,
+    Stopped,
+    StopTask,
+    TaskEnded,
+    TaskMoved,
+    Waits,
+)
+from bus.node import Node, join, shared_memory, until_terminated
+from bus.spec import LAUNCHER, MachineSpec
+from cpu.layout import BUFFERS, BUFFERS_END, TD_TABLE, Task, task_address
+from cpu.struct import NONE
+from kvm.vcpu import td_vcpu_of
+from kvm.workload import Action, Kick, Move, Read, Update, placement, timeline
+
+PROGRESS_S = 0.2
+POOL_PAGES = (BUFFERS_END - BUFFERS) // PAGE_SIZE - 1024
+
+
+class PagePool:
+    """The pages of user space's buffers: given out in no order that anybody may rely on, as vmalloc does."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng = random.Random(seed)
+        self._free = [BUFFERS + PAGE_SIZE * index for index in range(min(POOL_PAGES, 4096))]
+        self._rng.shuffle(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """Free pages; raises MemoryError if there are not so many."""
+        if count > len(self._free):
+            raise MemoryError(f"no {count} free pages")
+        taken, self._free = self._free[:count], self._free[count:]
+        return taken
+
+    def give(self, pages: list[int]) -> None:
+        """Back to the pool."""
+        self._free.extend(pages)
+
+
+class KvmProcess:
+    """User space of the machine."""
+
+    def __init__(self, node: Node, memory: PhysicalMemory) -> None:
+        self.node = node
+        self.spec = node.spec
+        self.memory = memory
+        self.pool = PagePool(node.spec.seed)
+        self.tasks = node.spec.vcpus + node.spec.tds
+        self.live = set(range(self.tasks))
+        self.open: dict[int, list[int]] = {}
+        self.facts = {"requests": 0, "done": 0, "updates": 0, "updates_done": 0, "moves": 0, "ended": 0}
+        self.started = trio.Event()
+        self.stop = trio.Event()
+        self.changed = trio.Event()
+        self._request = 0
+
+    # Messages
+
+    async def receive(self) -> None:
+        """Take messages until told to stop."""
+        endpoint = self.node.endpoint
+        while not self.stop.is_set():
+            await endpoint.wait()
+            for delivery in endpoint.drain_nowait():
+                self._handle(delivery)
+
+    def _handle(self, delivery: Delivery) -> None:
+        match delivery.body:
+            case Start():
+                self.started.set()
+            case AdminDone(request=request):
+                self.pool.give(self.open.pop(request, []))
+                self._count("done")
+            case TaskMoved(moved=moved):
+                self._count("moves", int(moved))
+            case TaskEnded(task=task):
+                self.live.discard(task)
+                self._count("ended")
+            case Member(node=name, incarnation=incarnation, state=state):
+                self.node.endpoint.member(name, incarnation, state)
+            case Query():
+                what = f"{len(self.open)} requests and {len(self.live)} tasks are open"
+                self.node.endpoint.send(LAUNCHER, Waits(what, "", self.facts["done"]))
+            case Stop():
+                self.stop.set()
+                self._wake()
+            case body:
+                self.node.emit("refused", reason="unexpected", head=type(body).__name__)
+
+    def _count(self, fact: str, by: int = 1) -> None:
+        self.facts[fact] += by
+        self._wake()
+
+    def _wake(self) -> None:
+        self.changed.set()
+        self.changed = trio.Event()
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            await self.changed.wait()
+
+    # The run
+
+    async def run(self) -> None:
+        """Place the tasks, act by the timeline, bring everything to an end."""
+        await self.started.wait()
+        self._prepare_tds()
+        for task, cpu in enumerate(placement(self.tasks, self.spec.cpus)):
+            self.node.emit("task_place", task=task, cpu=cpu)
+            self.node.endpoint.send(f"cpu{cpu}", RunTask(task))
+        began = monotonic_ns()
+        for due, action in timeline(self.spec.workload, self.spec.seed, self.tasks, self.spec.cpus):
+            await trio.sleep(max(0, began + due - monotonic_ns()) / 1e9)
+            await self._act(action)
+        await trio.sleep(max(0, began + self.spec.workload.duration_ns - monotonic_ns()) / 1e9)
+        await self._until(lambda: not self.open)
+        await self._end_tasks()
+        self._progress()
+        self.node.endpoint.send(LAUNCHER, Finished())
+
+    def _prepare_tds(self) -> None:
+        """What KVM keeps of the TD vCPUs that firmware built."""
+        for index in range(self.spec.tds):
+            task = self.spec.vcpus + index
+            state = td_vcpu_of(task)
+            time = self.node.clock.tick()
+            values = (state.number, task), (state.td, index), (state.cpu, NONE)
+            for word, value in (*values, (state.tdvpr, self.memory.read64(TD_TABLE + 8 * index))):
+                self.memory.store(word, value, time)
+
+    async def _act(self, action: Action) -> None:
+        endpoint = self.node.endpoint
+        match action:
+            case Read(cpus=cpus):
+                for cpu in cpus:
+                    (page,) = self.pool.take(1)
+                    request = self._new_request("read_version", cpu, [page])
+                    endpoint.send(f"cpu{cpu}", ReadVersion(request, page))
+            case Kick(cpu=cpu):
+                endpoint.send(f"cpu{cpu}", Preempt())
+            case Move(task=task, to=to):
+                self._move(task, to)
+            case Update(index=index, cpu=cpu):
+                await self._update(index, cpu)
+
+    def _new_request(self, kind: str, cpu: int, pages: list[int]) -> int:
+        self._request += 1
+        self.open[self._request] = pages
+        self.facts["requests"] += 1
+        self.node.emit("request", request=self._request, kind=kind, cpu=cpu)
+        return self._request
+
+    def _owner(self, task: int) -> int | None:
+        place, stamp = self.memory.load(Task(task_address(task)).place)
+        self.node.clock.merge(stamp)
+        return None if place == NONE else place >> 2
+
+    def _move(self, task: int, to: int) -> None:
+        owner = self._owner(task)
+        if task in self.live and owner not in (None, to):
+            self.node.emit("task_move", task=task, to=to)
+            self.node.endpoint.send(f"cpu{owner}", MoveTask(task, to))
+
+    async def _update(self, index: int, cpu: int) -> None:
+        """Upload an image, and wait for the worker: there is one upload at a time."""
+        image = Path(self.spec.images[index]).read_bytes()
+        count = max(1, -(-len(image) // PAGE_SIZE))
+        pages = self.pool.take(count + 1)
+        for at, page in enumerate(pages[:count]):
+            self.memory.write(page, image[at * PAGE_SIZE : (at + 1) * PAGE_SIZE])
+        request = self._new_request("install", cpu, pages)
+        self.facts["updates"] += 1
+        self.node.endpoint.send(f"cpu{cpu}", InstallModule(request, len(image), tuple(pages[:count]), pages[count]))
+        await self._until(lambda: request not in self.open)
+        self._count("updates_done")
+
+    async def _end_tasks(self) -> None:
+        """Ask every live task to end; one that is just moving is asked again at its new CPU."""
+        asked: dict[int, int] = {}
+        while self.live:
+            for task in sorted(self.live):
+                owner = self._owner(task)
+                if owner is not None and asked.get(task) != owner:
+                    asked[task] = owner
+                    self.node.endpoint.send(f"cpu{owner}", StopTask(task))
+            with trio.move_on_after(0.05):
+                await self.changed.wait()
+
+    # Progress
+
+    def _progress(self) -> None:
+        self.node.endpoint.send(LAUNCHER, Progress(dict(self.facts)))
+
+    async def tell(self) -> None:
+        """Tell the launcher how far things are."""
+        while True:
+            self._progress()
+            await trio.sleep(PROGRESS_S)
+
+
+def main(spec: MachineSpec, node: str, incarnation: int) -> None:
+    """The KVM process."""
+    trio.run(_main, spec, node, incarnation)
+
+
+async def _main(spec: MachineSpec, name: str, incarnation: int) -> None:
+    async with until_terminated(), join(spec, name, incarnation) as node, trio.open_nursery() as nursery:
+        process = KvmProcess(node, shared_memory(spec))
+        node.say_hello(os.getpid())
+        nursery.start_soon(process.tell)
+        nursery.start_soon(process.run)
+        await process.receive()
+        nursery.cancel_scope.cancel()
+        node.endpoint.send(LAUNCHER, Stopped(dict(process.facts)))
+        await node.endpoint.flush()
