@@ -1,0 +1,184 @@
+"""What a user asks for: sizes, strategy, knobs, workload; checked, and made into the spec of a machine."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import msgspec
+
+from bus.spec import MachineSpec, Workload
+from kvm.compose import Knobs
+from seamldr.identity import make_identity
+from seamldr.image import ImageError, ModuleImage, build_v2, parse
+from seamldr.module_maker import make_module
+from seamldr.sigstruct import SigStruct, new_key, signer_hash
+from seamldr.strategies import DEFAULT, find_strategy
+
+MAX_CPUS = 1024
+MAX_VCPUS = 4096
+MAX_TDS = 64
+MAX_UPDATES = 1000
+BOOT_VERSION = (1, 5, 8)
+MODULE_PAGES = 16
+EXITS_PER_SECOND = 1500
+"""Groups of VM exits that all CPUs together make in a second: what two cores can serve without falling behind."""
+
+
+class TopologyError(ValueError):
+    """The topology cannot be built; the message says what is allowed."""
+
+
+class Topology(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One run. `module` is an image file for the updates, made on the spot if None; `seconds` the length of the workload."""
+
+    cpus: int = 4
+    vcpus: int = 8
+    tds: int = 0
+    updates: int = 2
+    seconds: float = 2.0
+    strategy: str = DEFAULT
+    knobs: Knobs = Knobs()
+    seed: int = 1
+    module: str | None = None
+    run_dir: str | None = None
+    trace: bool = False
+    residence_us: int = 300
+    grace_s: float = 10.0
+
+    def validate(self) -> None:
+        """Raises `TopologyError` or `StrategyError`."""
+        for name, value, low, high in (
+            ("cpus", self.cpus, 1, MAX_CPUS),
+            ("vcpus", self.vcpus, 0, MAX_VCPUS),
+            ("tds", self.tds, 0, MAX_TDS),
+            ("updates", self.updates, 0, MAX_UPDATES),
+        ):
+            if not low <= value <= high:
+                raise TopologyError(f"{name} is {low} to {high}, not {value}")
+        if not 0.1 <= self.seconds <= 86400:
+            raise TopologyError(f"seconds is 0.1 to 86400, not {self.seconds:g}")
+        if self.vcpus + self.tds == 0:
+            raise TopologyError("a machine needs at least one vCPU or TD")
+        find_strategy(self.strategy)
+
+    def make_run_dir(self) -> Path:
+        """Create the directory for records and summary; raises `TopologyError` if it is in use."""
+        if self.run_dir is None:
+            path = _fresh(Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{_slug(self.strategy)}")
+        else:
+            path = Path(self.run_dir)
+        if (path / "records").exists():
+            raise TopologyError(f"run directory {path} holds the records of another run; name a new one")
+        try:
+            (path / "records").mkdir(parents=True)
+            path.chmod(0o700)
+        except OSError as error:
+            raise TopologyError(f"run directory {path} cannot be made: {error.strerror}") from None
+        return path.resolve()
+
+
+def parse_topology(text: str) -> int:
+    """LPs of a topology like "2s8c2t" (sockets, cores, threads); raises `TopologyError`.
+
+    >>> parse_topology("2s8c2t")
+    32
+    """
+    match = re.fullmatch(r"(\d{1,3})s(\d{1,3})c(\d{1,2})t", text)
+    if match is None:
+        raise TopologyError(f"topology {text!r} is not like 2s8c2t (sockets, cores each, threads each)")
+    sockets, cores, threads = (int(part) for part in match.groups())
+    return sockets * cores * threads
+
+
+def machine_spec(topology: Topology, run_dir: Path, socket_dir: str, key: bytes, memory_fd: int) -> MachineSpec:
+    """The spec of a machine, with its module images made and signed, or read and reframed, under `run_dir`."""
+    boot, images, signers = _images(topology, run_dir)
+    seconds = topology.seconds
+    workload = Workload(
+        duration_ns=int(seconds * 1e9),
+        updates=topology.updates,
+        guest_ns=max(300_000, topology.cpus * 1_000_000_000 // EXITS_PER_SECOND),
+        residence_ns=topology.residence_us * 1000,
+        action_ns=max(20_000_000, topology.cpus * 1_000_000),
+        grace_ns=int(topology.grace_s * 1e9),
+    )
+    strategy = topology.strategy
+    path, colon, function = strategy.rpartition(":")
+    return MachineSpec(
+        run_dir=str(run_dir),
+        socket_dir=socket_dir,
+        key=key,
+        memory_fd=memory_fd,
+        cpus=topology.cpus,
+        vcpus=topology.vcpus,
+        tds=topology.tds,
+        strategy=f"{Path(path).resolve()}:{function}" if colon else strategy,
+        knobs=msgspec.structs.asdict(topology.knobs),
+        seed=topology.seed,
+        trace=topology.trace,
+        workload=workload,
+        boot_image=boot,
+        images=images,
+        trusted_signers=signers,
+    )
+
+
+def _images(topology: Topology, run_dir: Path) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """Boot image, one image an update, and the signers that the machine trusts besides Intel."""
+    directory = run_dir / "modules"
+    directory.mkdir()
+    key = new_key()
+    major, minor, update = BOOT_VERSION
+
+    def made(number: int) -> ModuleImage:
+        identity = make_identity(f"{major}.{minor}.{update + number:02}", "B" if topology.knobs.module_profile == "B" else "A")
+        table = (topology.knobs.fms,)
+        return make_module(identity, key=key, svn=(1, 4 + min(number, 200)), pages=MODULE_PAGES, cpuid_table=table)
+
+    def keep(image: ModuleImage, name: str) -> str:
+        path = directory / name
+        path.write_bytes(build_v2(image))
+        return str(path)
+
+    first = made(0)
+    boot = keep(first, "boot.bin")
+    signers = (signer_hash(SigStruct.decode(first.sigstruct)),)
+    if topology.module is not None:
+        given = keep(read_module(topology.module)[0], "given.bin")
+        return boot, (given,) * topology.updates, (*signers, *_maker(topology.module))
+    return boot, tuple(keep(made(n), f"update-{n}.bin") for n in range(1, topology.updates + 1)), signers
+
+
+def _maker(path: str) -> tuple[str, ...]:
+    """The signer hash kept beside an image that `module make` made, if there is one."""
+    beside = Path(f"{path}.signer")
+    return (beside.read_text().strip(),) if beside.is_file() else ()
+
+
+def read_module(path: str) -> tuple[ModuleImage, bool]:
+    """A module image file of either container version, and whether it has to be reframed for the kernel.
+
+    Raises `TopologyError` if it is neither.
+    """
+    try:
+        image = parse(Path(path).read_bytes())
+    except OSError as error:
+        raise TopologyError(f"module {path} cannot be read: {error.strerror}") from None
+    except ImageError as error:
+        raise TopologyError(f"module {path} is not a TDX module image: {error}") from None
+    return image, image.version == 0x100
+
+
+def _slug(strategy: str) -> str:
+    return re.sub(r"[^A-Za-z0-9-]+", "-", Path(strategy).name).strip("-")[:40]
+
+
+def _fresh(path: Path) -> Path:
+    number = 1
+    while True:
+        candidate = path.with_name(f"{path.name}-{number}")
+        if not candidate.exists():
+            return candidate
+        number += 1
