@@ -64,28 +64,29 @@ class Machine:
         self._waits: dict[str, Waits] = {}
         self._broken: str | None = None
         self._ended = False
-        self._stack = AsyncExitStack()
+        self._life = self._live()
         self._moved = trio.Event()
 
     # Up and down
 
     async def __aenter__(self) -> Machine:
         """Start every process and wait until all are online; raises `MachineError`."""
-        async with AsyncExitStack() as stack:
-            await self._start(stack)
-            self._stack = stack.pop_all()
+        await self._life.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
         """End every process, in order if the workload came to its end, and leave nothing behind."""
-        swallow: bool | None = None
-        with trio.CancelScope(shield=True):
-            if not self._ended:
-                self._end("" if error is None else f"ended by {type(error).__name__}")
-            swallow = await self._stack.__aexit__(kind, error, trace)
-        return swallow
+        if not self._ended:
+            self._end("" if error is None else f"ended by {type(error).__name__}")
+        return await self._life.__aexit__(kind, error, trace)
+
+    @asynccontextmanager
+    async def _live(self) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            await self._start(stack)
+            yield
 
     async def _start(self, stack: AsyncExitStack) -> None:
         began = monotonic()

@@ -89,11 +89,10 @@ class Parent:
     async def close(self) -> None:
         """Hang up: the parent kills what is left, cleans up and leaves; wait for that."""
         self._sock.close()
-        try:
-            with trio.fail_after(PARENT_END_S):
-                while self._popen.poll() is None:
-                    await trio.sleep(0.005)
-        except trio.TooSlowError:
+        with trio.CancelScope(shield=True), trio.move_on_after(PARENT_END_S):
+            while self._popen.poll() is None:
+                await trio.sleep(0.005)
+        if self._popen.poll() is None:
             self._popen.kill()
             self._popen.wait()
 
