@@ -117,11 +117,18 @@ class ForkServer:
             os.read(self.wake_read, 4096)
             self._reap()
         if self.sock.fileno() in ready:
-            request = self.sock.recv(MAX_REQUEST)
+            request = self._request()
             if not request:
                 return False
             self._fork(_requests.decode(request))
         return True
+
+    def _request(self) -> bytes:
+        """The next request; nothing if the launcher is gone, however it went."""
+        try:
+            return self.sock.recv(MAX_REQUEST)
+        except ConnectionError:
+            return b""
 
     def _fork(self, request: Spawn) -> None:
         parent = os.getpid()

@@ -93,6 +93,7 @@ class StepLoop:
         self.sleepers: list[Thread] = []
         self.current: Thread | None = None
         self.stack: list[Frame] = []
+        self.halted = False
         cpu.irqs_on = True
 
     # Threads
@@ -255,7 +256,7 @@ class StepLoop:
     def step(self, reply: Any = None) -> Need | GuestRun | SeamTrap:
         """Run until the shell is needed. `reply` answers the `GuestRun` or `SeamTrap` that the last call returned."""
         resume = reply is not None
-        while True:
+        while not self.halted:
             if not resume:
                 self._take_events()
             resume = False
@@ -281,6 +282,7 @@ class StepLoop:
             else:
                 assert isinstance(request, GuestRun | SeamTrap)
                 return request
+        return Need.IDLE
 
     def _may_stay(self) -> bool:
         thread = self.current

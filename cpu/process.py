@@ -114,11 +114,14 @@ class CpuProcess:
 
     # Messages
 
-    def _poll(self) -> None:
-        for delivery in self.endpoint.drain_nowait():
+    def _poll(self) -> bool:
+        """Take what has arrived; whether there was anything."""
+        batch = self.endpoint.drain_nowait()
+        for delivery in batch:
             self._handle(delivery)
         if self.loop.sleepers:
             self.loop.wake_sleepers()
+        return bool(batch)
 
     def _handle(self, delivery: Delivery) -> None:
         match delivery.body:
@@ -158,7 +161,7 @@ class CpuProcess:
 
     def _thread_ended(self, thread: Thread) -> None:
         if thread.name == "down":
-            self.done = True
+            self.done = self.loop.halted = True
         else:
             self.personality.thread_ended(self, thread)
 
@@ -195,10 +198,9 @@ class CpuProcess:
             await trio.lowlevel.checkpoint()
 
     async def _sleep(self, loads: list[tuple[int, int]]) -> None:
-        """Until a message comes, unless one of the words changes before."""
+        """Until a message comes, unless one is there or one of the words changes before."""
         cpu = self.cpu
-        self._poll()
-        if self.done or self.loop.event_due():
+        if self._poll() or self.loop.event_due():
             return
         if watch.arm(cpu.memory, cpu.number, loads):
             await self.endpoint.wait()
