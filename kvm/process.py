@@ -39,10 +39,12 @@ from bus.node import Node, join, shared_memory, until_terminated
 from bus.spec import LAUNCHER, MachineSpec
 from cpu.layout import BUFFERS, BUFFERS_END, TD_TABLE, Task, task_address
 from cpu.struct import NONE
-from kvm.vcpu import td_vcpu_of
+from kvm.vcpu import td_vcpu_of, vcpu_of
 from kvm.workload import Action, Kick, Move, Read, Update, placement, timeline
 
 PROGRESS_S = 0.2
+WARM_UP_EXITS = 20
+WARM_UP_AT_MOST_S = 10.0
 POOL_PAGES = (BUFFERS_END - BUFFERS) // PAGE_SIZE - 1024
 
 
@@ -137,6 +139,7 @@ class KvmProcess:
         for task, cpu in enumerate(placement(self.tasks, self.spec.cpus)):
             self.node.emit("task_place", task=task, cpu=cpu)
             self.node.endpoint.send(f"cpu{cpu}", RunTask(task))
+        await self._warm_up()
         began = monotonic_ns()
         for due, action in timeline(self.spec.workload, self.spec.seed, self.tasks, self.spec.cpus):
             await trio.sleep(max(0, began + due - monotonic_ns()) / 1e9)
@@ -146,6 +149,16 @@ class KvmProcess:
         await self._end_tasks()
         self._progress()
         self.node.endpoint.send(LAUNCHER, Finished())
+
+    async def _warm_up(self) -> None:
+        """Let every guest run a little before anything disturbs it."""
+        with trio.move_on_after(WARM_UP_AT_MOST_S):
+            while not all(self._exits(task) >= WARM_UP_EXITS for task in self.live):
+                await trio.sleep(0.005)
+
+    def _exits(self, task: int) -> int:
+        word = vcpu_of(task).exits if task < self.spec.vcpus else td_vcpu_of(task).exits
+        return self.memory.load(word)[0]
 
     def _prepare_tds(self) -> None:
         """What KVM keeps of the TD vCPUs that firmware built."""
