@@ -1,0 +1,273 @@
+"""Seamlab's command line: launch a machine of processes, try a way of calling P-SEAMLDR on it, read the verdict."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+import trio
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from bus.report import add_comparison, comparison_table, print_run, print_stories
+from kvm.compose import KnobError, parse_knobs
+from kvm.machine import Machine, MachineError
+from kvm.summary import BAD_INPUT, SAFE, UNFINISHED, Summary, exit_status, summarize_run
+from kvm.topology import Topology, TopologyError, parse_topology, read_module
+from seamldr.commands import ModuleCommandError, inspect_module, make_module_file, verify_module
+from seamldr.strategies import DEFAULT, STRATEGIES, StrategyError
+
+BAD = (TopologyError, StrategyError, KnobError, ModuleCommandError)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, with exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit status."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        status: int = parsed.command(parsed)
+    except BAD as error:
+        return _say(str(error), BAD_INPUT)
+    except MachineError as error:
+        return _say(str(error), UNFINISHED)
+    except KeyboardInterrupt:
+        return _say("interrupted; the machine has been taken down", UNFINISHED)
+    except BrokenPipeError:
+        return UNFINISHED
+    return status
+
+
+def entry() -> NoReturn:
+    """The console script."""
+    sys.exit(main())
+
+
+def _say(message: str, status: int) -> int:
+    print(f"seamlab: {message}", file=sys.stderr)
+    return status
+
+
+# run
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Launch one machine and judge it."""
+    topology = _topology(arguments, arguments.strategy)
+    summary = _run(topology, arguments.strategy)
+    _show(arguments, summary, lambda console: print_run(console, summary))
+    return exit_status(summary)
+
+
+def _run(topology: Topology, title: str) -> Summary:
+    """One machine with progress on stderr; its summary."""
+    topology.validate()
+    _note_reframing(topology)
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as progress:
+        task = progress.add_task(f"{title}: starting {topology.cpus} CPUs", total=None)
+
+        def on_progress(facts: dict[str, int]) -> None:
+            done, updates = facts.get("done", 0), facts.get("updates_done", 0)
+            words = f"{title}: {done} requests, {updates} of {topology.updates} updates, {facts.get('moves', 0)} moves"
+            progress.update(task, description=words)
+
+        run_dir = trio.run(_live, topology, on_progress)
+        progress.update(task, description=f"{title}: judging the records")
+        return summarize_run(run_dir)
+
+
+async def _live(topology: Topology, on_progress: Callable[[dict[str, int]], None]) -> Path:
+    async with Machine(topology, on_progress) as machine:
+        await machine.run_workload()
+    return machine.run_dir
+
+
+def _note_reframing(topology: Topology) -> None:
+    if topology.module is not None and read_module(topology.module)[1]:
+        print(
+            f"seamlab: {topology.module} is a version 1 container, which the merged kernel refuses; "
+            "its pages are reframed into version 2",
+            file=sys.stderr,
+        )
+
+
+def _topology(arguments: argparse.Namespace, strategy: str, run_dir: str | None = None) -> Topology:
+    cpus = parse_topology(arguments.topology) if arguments.topology else arguments.cpus
+    topology = Topology(
+        cpus=cpus,
+        vcpus=2 * cpus if arguments.vcpus is None else arguments.vcpus,
+        tds=arguments.tds,
+        updates=arguments.updates,
+        seconds=arguments.seconds,
+        strategy=strategy,
+        knobs=parse_knobs(arguments.knob),
+        seed=arguments.seed,
+        module=arguments.module,
+        run_dir=run_dir or arguments.run_dir,
+        trace=arguments.trace,
+    )
+    topology.validate()
+    return topology
+
+
+def _show(arguments: argparse.Namespace, summary: Any, tell: Callable[[Console], None]) -> None:
+    if arguments.json:
+        print(msgspec.json.encode(summary).decode())
+    else:
+        tell(Console())
+
+
+# compare
+
+
+def compare_command(arguments: argparse.Namespace) -> int:
+    """The same workload under each strategy."""
+    names = arguments.strategies.split(",") if arguments.strategies else list(STRATEGIES)
+    base = Path(arguments.run_dir) if arguments.run_dir else None
+    topologies = {name: _topology(arguments, name, str(base / _file_name(name)) if base else None) for name in names}
+    summaries = {name: _run(topology, name) for name, topology in topologies.items()}
+    _show(arguments, {"schema": 1, "strategies": summaries}, lambda console: _print_comparison(console, summaries))
+    return SAFE if all(summary["verdict"] != "incomplete" for summary in summaries.values()) else UNFINISHED
+
+
+def _file_name(strategy: str) -> str:
+    return strategy.replace("/", "_").replace(":", "_")
+
+
+def _print_comparison(console: Console, summaries: dict[str, Summary]) -> None:
+    first = next(iter(summaries.values()))
+    launch = first["knobs"]["seamret_launch"]
+    table = comparison_table(
+        f"{first['cpus']} CPUs, {first['vcpus']} vCPUs, {first['tds']} TDs, seed {first['seed']}, seamret_launch={launch}"
+    )
+    for name, summary in summaries.items():
+        add_comparison(table, name, summary)
+    console.print(table)
+    for sentence in first["assumptions"]:
+        console.print(f"Assumed: {sentence}", style="dim")
+    for name, summary in summaries.items():
+        if summary["violations"]:
+            console.rule(f"[bold]why {name} is unsafe", align="left")
+            print_stories(console, summary)
+        for sentence in summary["why"]:
+            console.print(f"{name}: {sentence}", style="yellow")
+
+
+# analyze
+
+
+def analyze_command(arguments: argparse.Namespace) -> int:
+    """Judge the records of a run again."""
+    run_dir = Path(arguments.run)
+    if not (run_dir / "records").is_dir():
+        raise TopologyError(f"{run_dir} is not a run directory: it has no records/")
+    summary = summarize_run(run_dir.resolve())
+    _show(arguments, summary, lambda console: print_run(console, summary))
+    return exit_status(summary)
+
+
+# module
+
+
+def module_make_command(arguments: argparse.Namespace) -> int:
+    """Make and sign an image."""
+    made = make_module_file(Path(arguments.file), arguments.version, arguments.profile, arguments.pages, arguments.v1)
+    print(made)
+    return SAFE
+
+
+def module_inspect_command(arguments: argparse.Namespace) -> int:
+    """Show every field of an image."""
+    Console().print(inspect_module(Path(arguments.file)))
+    return SAFE
+
+
+def module_verify_command(arguments: argparse.Namespace) -> int:
+    """Hold an image against every rule."""
+    table, accepted = verify_module(Path(arguments.file), int(arguments.fms, 0), arguments.profile)
+    Console().print(table)
+    return SAFE if accepted else 1
+
+
+# The parser
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="seamlab", description=__doc__)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="launch a machine, run guests and module updates, print the verdict")
+    run.set_defaults(command=run_command)
+    run.add_argument(
+        "--strategy",
+        default=DEFAULT,
+        metavar="NAME|FILE.py:FUNCTION",
+        help=f"how the kernel calls P-SEAMLDR: {', '.join(STRATEGIES)}, or a function of your own (default {DEFAULT})",
+    )
+    _machine_arguments(run, seconds=5.0, updates=2)
+    compare = commands.add_parser("compare", help="the same workload under each strategy, in one table")
+    compare.set_defaults(command=compare_command)
+    compare.add_argument("--strategies", metavar="A,B,...", help="which ones (default: the whole catalogue)")
+    _machine_arguments(compare, seconds=1.5, updates=2)
+    analyze = commands.add_parser("analyze", help="judge the records of a run")
+    analyze.set_defaults(command=analyze_command)
+    analyze.add_argument("run", metavar="RUN", help="run directory")
+    analyze.add_argument("--check", action="store_true", help="check every invariant (what is done anyway)")
+    analyze.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    _module_arguments(commands.add_parser("module", help="make, inspect or verify a TDX module image"))
+    return parser
+
+
+def _machine_arguments(parser: argparse.ArgumentParser, *, seconds: float, updates: int) -> None:
+    add = parser.add_argument
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--cpus", type=int, default=4, metavar="N", help="emulated CPUs, each a process (default 4)")
+    size.add_argument("--topology", metavar="2s8c2t", help="sockets, cores and threads, instead of --cpus")
+    add("--vcpus", type=int, metavar="N", help="vCPUs of plain guests (default: two for each CPU)")
+    add("--tds", type=int, default=0, metavar="N", help="TDs with one vCPU each (default 0)")
+    add("--updates", type=int, default=updates, metavar="N", help=f"module updates during the run (default {updates})")
+    add("--seconds", type=float, default=seconds, metavar="S", help=f"length of the workload (default {seconds:g})")
+    add("--module", metavar="FILE", help="image for the updates (default: made and signed on the spot)")
+    add("--knob", action="append", default=[], metavar="NAME=VALUE", help="what the architecture leaves open; repeat")
+    add("--seed", type=int, default=1, help="of the workload (default 1)")
+    add("--run-dir", metavar="DIR", help="where records and summary go (default: a new one under runs/)")
+    add("--trace", action="store_true", help="record every VMREAD, VMWRITE and VM entry")
+    add("--json", action="store_true", help="print exactly one JSON object")
+
+
+def _module_arguments(module: argparse.ArgumentParser) -> None:
+    actions = module.add_subparsers(title="actions", required=True, metavar="ACTION")
+    make = actions.add_parser("make", help="make an image and sign it with a new key")
+    make.set_defaults(command=module_make_command)
+    make.add_argument("file", metavar="FILE")
+    make.add_argument("--version", default="1.5.09", help="major.minor.update (default 1.5.09)")
+    make.add_argument("--profile", choices=("A", "B"), default="A", help="handoff version 0 or 1 (default A)")
+    make.add_argument("--pages", type=int, default=16, metavar="N", help="4 to 496 (default 16)")
+    make.add_argument("--v1", action="store_true", help="the container that Intel ships, not the one that Linux reads")
+    inspect = actions.add_parser("inspect", help="show every field of an image")
+    inspect.set_defaults(command=module_inspect_command)
+    inspect.add_argument("file", metavar="FILE")
+    verify = actions.add_parser("verify", help="hold an image against every rule of kernel and P-SEAMLDR")
+    verify.set_defaults(command=module_verify_command)
+    verify.add_argument("file", metavar="FILE")
+    verify.add_argument("--fms", default="0xC06F2", help="CPUID.1.EAX of the platform (default 0xC06F2)")
+    verify.add_argument("--profile", choices=("P10", "P15", "P20"), default="P15", help="P-SEAMLDR (default P15)")
+
+
+if __name__ == "__main__":
+    entry()

@@ -19,7 +19,7 @@ from bus.invariants import INVARIANTS
 from bus.merge import Notes, merge, merge_run, read_file
 from bus.records import Record
 from bus.shadow import Shadow, is_set
-from bus.statistics import Exposures, Statistics
+from bus.statistics import Cost, Exposures, Statistics
 from bus.story import Story
 from bus.waits import Ending, Wait
 
@@ -68,6 +68,7 @@ class Judgement(msgspec.Struct, frozen=True):
     machine: Record
     exposures: Exposures
     statistics: Statistics
+    cost: Cost
     waits: tuple[Wait, ...]
     cycle: tuple[Wait, ...]
 
@@ -82,6 +83,7 @@ class Judgement(msgspec.Struct, frozen=True):
             "violations": [violation.as_dict() for violation in self.violations],
             "assumptions": assumptions(machine.get("knobs") or {}),
             "exposures": self.exposures.as_dict(),
+            "cost": self.cost.as_dict(),
             "updates": msgspec.to_builtins(numbers.updates),
             "vmx": numbers.vmx(),
             "seamcalls": dict(sorted(numbers.seamcalls.items())),
@@ -145,8 +147,8 @@ class Judge:
         self._machine = machine
         self._shadow = Shadow(machine.get("knobs") or {})
         self._invariants = [invariant() for invariant in INVARIANTS.values()]
-        self._exposures, self._statistics = Exposures(), Statistics()
-        self._handlers = dispatch([*self._invariants, self._exposures, self._statistics])
+        self._exposures, self._statistics, self._cost = Exposures(), Statistics(), Cost()
+        self._handlers = dispatch([*self._invariants, self._exposures, self._cost, self._statistics])
         self._strange: dict[str, None] = {}
 
     @property
@@ -188,6 +190,7 @@ class Judge:
             machine=self._machine,
             exposures=self._exposures,
             statistics=self._statistics,
+            cost=self._cost,
             waits=tuple(ending.waits),
             cycle=tuple(ending.cycle),
         )

@@ -63,6 +63,52 @@ class Exposures(Observer):
         return {"lost_vmcs": self.lost_vmcs, "same_next": self.same_next, "entered_after": self.entered_after}
 
 
+class Cost(Observer):
+    """VMX instructions that the strategy costs: its own, and the reload of a VMCS that was current before the call.
+
+    `calls` are its calls that entered P-SEAMLDR.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.extra_vmptrld = 0
+        self.extra_vmclear = 0
+        self._inside: dict[str, tuple[str, int]] = {}
+        self._before: dict[str, int] = {}
+
+    def on_strategy_begin(self, record: Record, shadow: Shadow) -> None:
+        self._inside[record["node"]] = (record.get("ctx", ""), record["cur"])
+
+    def on_strategy_end(self, record: Record, shadow: Shadow) -> None:
+        _, before = self._inside.pop(record["node"], ("", NONE))
+        if before != NONE:
+            self._before[record["node"]] = before
+
+    def _within(self, record: Record) -> bool:
+        return bool(self._inside.get(record["node"], ("", NONE))[0] == record.get("ctx", "-"))
+
+    def on_seamcall_return(self, record: Record, shadow: Shadow) -> None:
+        self.calls += bool(record["leaf"] & P_SEAMLDR and record["entered"])
+
+    def on_vmptrld(self, record: Record, shadow: Shadow) -> None:
+        self.extra_vmptrld += self._within(record)
+
+    def on_vmclear(self, record: Record, shadow: Shadow) -> None:
+        self.extra_vmclear += self._within(record)
+
+    def on_vcpu_load(self, record: Record, shadow: Shadow) -> None:
+        before = self._before.pop(record["node"], NONE)
+        self.extra_vmptrld += before == record["vmcs"] and not record["skipped"]
+
+    def as_dict(self) -> dict[str, int]:
+        """For the summary."""
+        return {
+            "calls": self.calls,
+            "extra_vmptrld": self.extra_vmptrld,
+            "extra_vmclear": self.extra_vmclear,
+        }
+
+
 class Updates(msgspec.Struct):
     """Updates that user space asked for, by how they ended; those without an end are in none of the three."""
 

@@ -176,9 +176,11 @@ class CpuProcess:
         """Until the CPU has gone down."""
         cpu = self.cpu
         reply: GuestExit | SeamReply | None = None
-        while not self.done:
+        while True:
             need = self.loop.step(reply)
             reply = None
+            if self.done:
+                return
             if need is Need.POLL:
                 self._poll()
                 await self._breathe()

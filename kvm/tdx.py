@@ -94,6 +94,7 @@ class VmxTdVcpu:
             td = await cpu.load(self.state.td)
             cpu.emit("td_enter", vcpu=self.number, td=td, status=status, counter=counter)
         self.entries += 1
+        cpu.count.exits += not status >> 63
         return status, registers
 
     async def _handle_exit(self, cpu: Cpu, status: int, registers: tuple[int, ...]) -> bool:
