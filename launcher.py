@@ -13,7 +13,7 @@ import trio
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bus.report import add_comparison, comparison_table, print_run, print_stories
+from bus.report import console_for, print_comparison, print_run, print_stories
 from kvm.compose import KnobError, parse_knobs
 from kvm.machine import Machine, MachineError
 from kvm.summary import BAD_INPUT, SAFE, UNFINISHED, Summary, exit_status, summarize_run
@@ -79,6 +79,7 @@ def _run(topology: Topology, title: str) -> Summary:
         TimeElapsedColumn(),
         console=Console(stderr=True),
         transient=True,
+        disable=not sys.stderr.isatty(),
     ) as progress:
         task = progress.add_task(f"{title}: starting {topology.cpus} CPUs", total=None)
 
@@ -130,7 +131,7 @@ def _show(arguments: argparse.Namespace, summary: Any, tell: Callable[[Console],
     if arguments.json:
         print(msgspec.json.encode(summary).decode())
     else:
-        tell(Console())
+        tell(console_for(sys.stdout))
 
 
 # compare
@@ -141,9 +142,16 @@ def compare_command(arguments: argparse.Namespace) -> int:
     names = arguments.strategies.split(",") if arguments.strategies else list(STRATEGIES)
     base = Path(arguments.run_dir) if arguments.run_dir else None
     topologies = {name: _topology(arguments, name, str(base / _file_name(name)) if base else None) for name in names}
-    summaries = {name: _run(topology, name) for name, topology in topologies.items()}
+    summaries = {name: _told(name, _run(topology, name)) for name, topology in topologies.items()}
     _show(arguments, {"schema": 1, "strategies": summaries}, lambda console: _print_comparison(console, summaries))
     return SAFE if all(summary["verdict"] != "incomplete" for summary in summaries.values()) else UNFINISHED
+
+
+def _told(name: str, summary: Summary) -> Summary:
+    """Where there is no progress bar, say at least that a strategy is done."""
+    if not sys.stderr.isatty():
+        print(f"seamlab: {name}: {summary['verdict']}", file=sys.stderr, flush=True)
+    return summary
 
 
 def _file_name(strategy: str) -> str:
@@ -153,12 +161,8 @@ def _file_name(strategy: str) -> str:
 def _print_comparison(console: Console, summaries: dict[str, Summary]) -> None:
     first = next(iter(summaries.values()))
     launch = first["knobs"]["seamret_launch"]
-    table = comparison_table(
-        f"{first['cpus']} CPUs, {first['vcpus']} vCPUs, {first['tds']} TDs, seed {first['seed']}, seamret_launch={launch}"
-    )
-    for name, summary in summaries.items():
-        add_comparison(table, name, summary)
-    console.print(table)
+    size = f"{first['cpus']} CPUs, {first['vcpus']} vCPUs, {first['tds']} TDs, seed {first['seed']}"
+    print_comparison(console, f"{size}, seamret_launch={launch}", summaries)
     for sentence in first["assumptions"]:
         console.print(f"Assumed: {sentence}", style="dim")
     for name, summary in summaries.items():
@@ -194,14 +198,14 @@ def module_make_command(arguments: argparse.Namespace) -> int:
 
 def module_inspect_command(arguments: argparse.Namespace) -> int:
     """Show every field of an image."""
-    Console().print(inspect_module(Path(arguments.file)))
+    console_for(sys.stdout).print(inspect_module(Path(arguments.file)))
     return SAFE
 
 
 def module_verify_command(arguments: argparse.Namespace) -> int:
     """Hold an image against every rule."""
     table, accepted = verify_module(Path(arguments.file), int(arguments.fms, 0), arguments.profile)
-    Console().print(table)
+    console_for(sys.stdout).print(table)
     return SAFE if accepted else 1
 
 

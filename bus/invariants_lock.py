@@ -92,7 +92,6 @@ class NeverBusy(Invariant):
     sentence = "No P-SEAMLDR call gets VMfailInvalid while P-SEAMLDR is loaded and alive."
     source = "TDX CPU Architectural Extensions, SEAMCALL: failure to take P_SEAMLDR_MUTEX"
     broken_by = "two callers at once"
-    consequence_of = ("I20",)
 
     def __init__(self) -> None:
         super().__init__()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import IO, Any, Literal, NamedTuple
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 Summary = dict[str, Any]
+
+PLAIN_WIDTH = 120
 
 COLORS = {"safe": "green", "unsafe": "red", "incomplete": "yellow"}
 
@@ -26,9 +29,8 @@ def verdict_text(summary: Summary) -> Text:
 
 def broken_text(summary: Summary) -> str:
     """Ids of the invariants that broke by themselves, then those that follow: "I2, I3 (so I14, I18)"."""
-    own = [v["invariant"] for v in summary["violations"] if not v["follows_from"]]
     follow = [v["invariant"] for v in summary["violations"] if v["follows_from"]]
-    return ", ".join(own) + (f" (so {', '.join(follow)})" if follow else "")
+    return ", ".join(_own(summary)) + (f" (so {', '.join(follow)})" if follow else "")
 
 
 def errors_text(summary: Summary) -> str:
@@ -91,44 +93,74 @@ def _rows(summary: Summary) -> Iterable[tuple[str, Text | str]]:
     yield "records", str(summary["run_dir"])
 
 
-def print_stories(console: Console, summary: Summary, most: int = 20) -> None:
-    """The first time that each invariant broke, with the events that show why."""
-    for violation in summary["violations"][:most]:
-        cause = violation["follows_from"]
-        title = f"\n{violation['invariant']} {violation['slug']}, {violation['count']} times"
-        console.print(Text(title + (f", follows from {', '.join(cause)}" if cause else ""), style="bold"))
-        if not cause:
-            for line in violation["first"]["text"]:
-                console.print(Text(f"  {line}"), soft_wrap=True)
+def print_stories(console: Console, summary: Summary) -> None:
+    """The first time that each invariant broke by itself, with the events that show why; then what follows from them."""
+    for violation in summary["violations"]:
+        if violation["follows_from"]:
+            continue
+        times = f"{violation['count']} time" + ("s" if violation["count"] > 1 else "")
+        console.print(Text(f"\n{violation['invariant']} {violation['slug']}, {times}", style="bold"))
+        for line in violation["first"]["text"]:
+            console.print(Text(f"  {line}"), soft_wrap=True)
+    follow = [v for v in summary["violations"] if v["follows_from"]]
+    if follow:
+        words = ", ".join(f"{v['invariant']} {v['slug']} ({v['count']})" for v in follow)
+        console.print(Text(f"\nand what follows from it: {words}", style="dim"))
 
 
-def comparison_table(title: str) -> Table:
-    """An empty table for `add_comparison`."""
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for column in ("strategy", "verdict", "invariants broken"):
-        table.add_column(column)
-    for column in (
-        "errors\nread / write / entry",
-        "extra VMPTRLD\nper call",
-        "extra VMCLEAR\nper call",
-        "lost / same next /\nentered again",
-        "updates",
-    ):
-        table.add_column(column, justify="right")
-    return table
+class Column(NamedTuple):
+    """A column of the comparison: what it shows of a strategy's summary, and how wide a console must be to have it."""
+
+    header: str
+    cell: Callable[[str, Summary], Text | str]
+    min_width: int = 0
+    left: bool = False
+    console_width: int = 0
 
 
-def add_comparison(table: Table, name: str, summary: Summary) -> None:
-    """One strategy's row."""
-    cost, exposures = summary["cost"], summary["exposures"]
-    calls = cost["calls"] or 1
-    table.add_row(
-        name,
-        verdict_text(summary),
-        broken_text(summary),
-        errors_text(summary),
-        f"{cost['extra_vmptrld'] / calls:.2f}",
-        f"{cost['extra_vmclear'] / calls:.2f}",
-        f"{exposures['lost_vmcs']} / {exposures['same_next']} / {exposures['entered_after']}",
-        updates_text(summary),
+COMPARISON = (
+    Column("strategy", lambda name, _: name, left=True),
+    Column("verdict", lambda _, s: Text(s["verdict"], style=COLORS.get(s["verdict"], "")), 6, left=True),
+    Column("broken", lambda _, s: ", ".join(_own(s)), 8, left=True),
+    Column("errors\nr / w / entry", lambda _, s: errors_text(s), 13),
+    Column("extra per call\nPTRLD / CLEAR", lambda _, s: _cost_text(s["cost"]), 14, console_width=100),
+    Column("times\nexposed", lambda _, s: str(s["exposures"]["lost_vmcs"]), 7, console_width=90),
+    Column("updates", lambda _, s: _updates_word(s["updates"]), 9),
+)
+
+
+def print_comparison(console: Console, title: str, summaries: dict[str, Summary]) -> None:
+    """One row a strategy: verdict, errors of VMREAD, VMWRITE and VM entry, cost and exposure, updates."""
+    columns = [column for column in COMPARISON if console.width >= column.console_width]
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
     )
+    for column in columns:
+        justify: Literal["left", "right"] = "left" if column.left else "right"
+        table.add_column(
+            column.header, justify=justify, min_width=column.min_width, overflow="fold", vertical="bottom"
+        )
+    for name, summary in summaries.items():
+        table.add_row(*(column.cell(name, summary) for column in columns))
+    console.print(table)
+
+
+def _own(summary: Summary) -> list[str]:
+    """Ids of the invariants that broke by themselves."""
+    return [v["invariant"] for v in summary["violations"] if not v["follows_from"]]
+
+
+def _cost_text(cost: dict[str, int]) -> str:
+    calls = cost["calls"] or 1
+    return f"{cost['extra_vmptrld'] / calls:.2f} / {cost['extra_vmclear'] / calls:.2f}"
+
+
+def _updates_word(updates: dict[str, int]) -> str:
+    """ "2 done", "2 refused", "1 done, 1 failed"."""
+    words = (("done", updates["succeeded"]), ("failed", updates["failed"]), ("refused", updates["refused"]))
+    return ", ".join(f"{count} {word}" for word, count in words if count) or "none"
+
+
+def console_for(file: IO[str]) -> Console:
+    """A console as wide as the terminal, or wide enough for the tables where there is none."""
+    return Console(file=file) if file.isatty() else Console(file=file, width=PLAIN_WIDTH)

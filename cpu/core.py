@@ -45,10 +45,14 @@ class GuestExit(msgspec.Struct, frozen=True):
 
 
 class SeamTrap(msgspec.Struct, frozen=True):
-    """The CPU executes SEAMCALL; resume with a `SeamReply`. No event is taken until then."""
+    """The CPU executes SEAMCALL; resume with a `SeamReply`. No event is taken until then.
+
+    `guest` says that a TD runs until it exits, which an event makes it do.
+    """
 
     rax: int
     registers: tuple[int, ...]
+    guest: bool = False
 
 
 class SeamReply(msgspec.Struct, frozen=True):

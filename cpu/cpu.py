@@ -222,24 +222,24 @@ class Cpu(VmxOperations, CpuCore):
     # SEAM
 
     async def seamcall(
-        self, rax: int, registers: tuple[int, ...], *, name: str, attempt: int = 1, recorded: bool = True
+        self, rax: int, registers: tuple[int, ...], *, name: str, attempt: int = 1, guest: bool = False
     ) -> SeamReply | Outcome:
         """The SEAMCALL instruction: a fault or VM exit as an `Outcome`, else what SEAM answered.
 
         Takes no event until it returns. SEAMRET from P-SEAMLDR may invalidate the current VMCS, and an NMI that waited is
         taken then, before anything else here runs (Trust Domain CPU Architectural Extensions, SEAMRET). `name` and `attempt`
-        are for the records, which are left out if not `recorded`.
+        are for the records; a call that runs a TD (`guest`) has none.
         """
         fault = self.vmx.seamcall_check(rax)
         if fault is not None:
             await self.boundary()
             return fault
-        recorded = recorded or self.trace
+        recorded = self.trace or not guest
         if recorded:
             epoch, number = self.tokens.get("seamldr_lock", (0, 0))
             cur = self.vmx.cur
             self.emit("seamcall_enter", leaf=rax, name=name, attempt=attempt, cur=cur, epoch=epoch, number=number)
-        reply: SeamReply = await trap(SeamTrap(rax, registers))
+        reply: SeamReply = await trap(SeamTrap(rax, registers, guest))
         lost = NONE
         if reply.entered and rax >> 63:
             knobs = self.kernel.knobs

@@ -235,7 +235,9 @@ class CpuProcess:
         epoch, number = cpu.tokens.get("seamldr_lock", (0, 0))
         call = Seamcall(self._calls, request.rax, request.registers, epoch, number, cpu.irqs_on)  # type: ignore[arg-type]
         self.endpoint.send(SEAMLDR, call)
-        told = bool(request.rax >> 63)
+        told = not request.guest
+        if request.guest:
+            self.loop.account_exit()
         cpu.waits_for = ("in SEAM", SEAMLDR)
         while True:
             self._poll()

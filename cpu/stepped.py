@@ -122,9 +122,12 @@ class SteppedMachine:
         waiting = self._waiting.pop(number, None)
         if isinstance(waiting, SeamTrap):
             reply = self.arbiter.seam_leave(number)
+            if waiting.guest:
+                loop.account_exit()
         elif waiting is not None:
             reply = self._guest_exit(number, interrupt_guest)
         watch.disarm(self.memory, number)
+        loop.wake_sleepers()
         self._after(number, loop.step(reply))
 
     def _guest_exit(self, number: int, interrupted: bool) -> GuestExit:

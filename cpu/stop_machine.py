@@ -43,9 +43,12 @@ async def stop_machine(cpu: Cpu, fn: str, data: int) -> int:
     await cpu.store(work.result, 0)
     await cpu.store(work.nr_todo, len(cpus))
     await cpu.store(work.state, MultiStopState.PREPARE)
+    # Preemption off, or this CPU's own stopper waits for stoppers that have no work yet (queue_stop_cpus_work).
+    await cpu.preempt_disable()
     for target in cpus:
         await cpu.store(per_cpu(target).stopper_work, work.address)
         await wake_up_process(cpu, target)
+    await cpu.preempt_enable()
     while await cpu.load(work.nr_todo):
         cpu.waits_for = ("sleeps until stop_machine is over", "")
         await cpu.schedule()

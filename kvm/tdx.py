@@ -88,7 +88,7 @@ class VmxTdVcpu:
     async def _enter(self, cpu: Cpu) -> tuple[int, tuple[int, ...]]:
         """TDH.VP.ENTER, IRQs off."""
         args = TdxModuleArgs(rcx=await cpu.load(self.state.tdvpr))
-        status, registers = await sc_retry(cpu, TdhLeaf.TDH_VP_ENTER, args, recorded=False)
+        status, registers = await sc_retry(cpu, TdhLeaf.TDH_VP_ENTER, args, guest=True)
         if not self.entries or status >> 63:
             counter = await cpu.load(self.state.counter)
             td = await cpu.load(self.state.td)

@@ -48,11 +48,11 @@ class TdxModuleArgs(msgspec.Struct):
 
 
 async def _seamcall_once(
-    cpu: Cpu, fn: int, args: TdxModuleArgs, attempt: int, recorded: bool
+    cpu: Cpu, fn: int, args: TdxModuleArgs, attempt: int, guest: bool
 ) -> tuple[int, tuple[int, ...]]:
     """__seamcall_dirty_cache: one SEAMCALL with preemption off; status and the registers after it."""
     await cpu.preempt_disable()
-    answer = await cpu.seamcall(fn, args.registers(), name=leaf_name(fn), attempt=attempt, recorded=recorded)
+    answer = await cpu.seamcall(fn, args.registers(), name=leaf_name(fn), attempt=attempt, guest=guest)
     await cpu.preempt_enable()
     if isinstance(answer, SeamReply):
         if answer.entered:
@@ -64,11 +64,11 @@ async def _seamcall_once(
 
 
 async def sc_retry(
-    cpu: Cpu, fn: int, args: TdxModuleArgs, *, recorded: bool = True
+    cpu: Cpu, fn: int, args: TdxModuleArgs, *, guest: bool = False
 ) -> tuple[int, tuple[int, ...]]:
     """Repeat while the module has no entropy, ten executions at most. Preemption is possible between two."""
     for attempt in range(1, RDRAND_RETRY_LOOPS + 1):
-        status, registers = await _seamcall_once(cpu, fn, args, attempt, recorded)
+        status, registers = await _seamcall_once(cpu, fn, args, attempt, guest)
         if status != TDX_RND_NO_ENTROPY:
             break
     return status, registers
