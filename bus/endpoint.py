@@ -1,12 +1,13 @@
 """One process on the bus: its inbox, its outgoing sockets and the timer, around the links of `bus.peers`.
 
-Sockets go one way. The inbox (PULL) is only ever received from and has no receive limit, because a full ipc inbox loses
-silently when its sender closes. Each peer that is spoken to gets a PUSH, connected at the first send and kept among the
-most recently used. What a socket loses all the same, the links resend.
+Sockets go one way. The inbox (PULL) is only ever received from and has no receive limit, because a full ipc inbox
+loses silently when its sender closes. Each peer that is spoken to gets a PUSH, connected at the first send and kept
+among the most recently used. What a socket loses all the same, the links resend.
 
 zmq's descriptor is edge-triggered: it says "look again", and any call into the socket may use the signal up. So: look
 at EVENTS first, wait for the descriptor only if there is nothing, and *while one task watches the descriptor nobody
-else reads the inbox*. A message that was read stays in the links until it is handed over: cancellation cannot lose it.
+else reads the inbox*. A message that was read stays in the links until it is handed over: cancellation cannot lose
+it.
 """
 
 from __future__ import annotations
@@ -262,8 +263,8 @@ class Endpoint:
     def member(self, node: str, incarnation: int, state: str) -> list[str]:
         """Apply a membership record: `state` is online, offline or dead; `ValueError` on another word.
 
-        A new incarnation gets a new link; a dead one is spoken with no more and its frames are refused. Returns the ids
-        of the messages that now complete as dead.
+        A new incarnation gets a new link; a dead one is spoken with no more and its frames are refused. Returns the
+        ids of the messages that now complete as dead.
         """
         peers = self._peers
         before = peers.incarnation(node)
@@ -357,9 +358,10 @@ async def open_endpoint(
 ) -> AsyncIterator[Endpoint]:
     """Bind the inbox `directory/node` and run the endpoint inside the block.
 
-    `key` has 16 bytes and is the same in all processes of the run. `on_refused` gets the `Refusal` and the first bytes
-    of each frame that was dropped. `connections` caps the outgoing sockets. Messages that are not acknowledged when the
-    block ends may be lost: `flush` first. The zmq context is made here, so open it after the process was forked.
+    `key` has 16 bytes and is the same in all processes of the run. `on_refused` gets the `Refusal` and the first
+    bytes of each frame that was dropped. `connections` caps the outgoing sockets. Messages that are not acknowledged
+    when the block ends may be lost: `flush` first. The zmq context is made here, so open it after the process was
+    forked.
 
     Raises `ValueError` if the socket path or the key has the wrong length, `OSError` if the inbox cannot be bound.
     """

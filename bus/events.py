@@ -9,8 +9,8 @@ Each line of a record file is one JSON object. Common fields of every record:
     seq     number of the record in its file, from 1
     event   name, one of EVENTS
 
-Records of a CPU also have `ctx`, the context that ran: "vcpu3", "td1", "stopper", "kworker", "reader", "idle", or "irq" and
-"nmi" while a handler runs on top of one of these; and `irqs`, RFLAGS.IF at that moment.
+Records of a CPU also have `ctx`, the context that ran: "vcpu3", "td1", "stopper", "kworker", "reader", "idle", or
+"irq" and "nmi" while a handler runs on top of one of these; and `irqs`, RFLAGS.IF at that moment.
 
 Physical addresses and registers are integers; NONE (2**64 - 1) is "no VMCS". A VMX `result` is "ok", "invalid" (CF),
 "valid:N" (ZF, error N) or "fault:V" (exception vector V).

@@ -31,8 +31,8 @@ class Observer:
 class Invariant(Observer):
     """A statement that holds in every run of a correct machine with a correct strategy.
 
-    Class attributes: `id`, `slug`, `sentence`; `source`, where the statement comes from; `broken_by`, what violates it;
-    `consequence_of`, ids of invariants that, when they are violated in the same run, explain this one.
+    Class attributes: `id`, `slug`, `sentence`; `source`, where the statement comes from; `broken_by`, what violates
+    it; `consequence_of`, ids of invariants that, when they are violated in the same run, explain this one.
 
     `count` violations were found, `story` tells the first. `suspects` are sentences about what may be a violation but
     cannot be called one; `excused` are sentences about violations that an injected fault explains.

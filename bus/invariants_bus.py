@@ -1,8 +1,8 @@
 """Invariants about interrupts and cross-calls: I26, I51, I58, I59.
 
 Three counts are kept apart. Each interrupt message that is sent sets its pending bit once (I58). Interrupts of one
-vector may coalesce, so for n messages a handler runs between once and n times, which no invariant counts. Each function
-that is queued for another CPU runs exactly once (I59).
+vector may coalesce, so for n messages a handler runs between once and n times, which no invariant counts. Each
+function that is queued for another CPU runs exactly once (I59).
 """
 
 from __future__ import annotations

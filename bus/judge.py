@@ -53,9 +53,10 @@ class Violation(msgspec.Struct, frozen=True):
 class Judgement(msgspec.Struct, frozen=True):
     """What the records of a run say.
 
-    `why` are sentences for an incomplete verdict, `suspects` among them: waits that may or may not be stuck. `excused`
-    are violations that an injected fault explains. `notes` are about the record files. `machine` is the `machine_begin`
-    record, empty if there is none. `waits` are open at the end; `cycle` are those of them that wait for each other.
+    `why` are sentences for an incomplete verdict, `suspects` among them: waits that may or may not be stuck.
+    `excused` are violations that an injected fault explains. `notes` are about the record files. `machine` is the
+    `machine_begin` record, empty if there is none. `waits` are open at the end; `cycle` are those of them that wait
+    for each other.
     """
 
     verdict: Verdict

@@ -144,7 +144,8 @@ class PhysicalMemory:
     def atomic(self, word: int) -> Iterator[None]:
         """Hold the word for a read-modify-write, as a LOCK prefix does.
 
-        Between processes this is a record lock on the memfd, which the operating system drops if its holder is killed.
+        Between processes this is a record lock on the memfd, which the operating system drops if its holder is
+        killed.
         """
         if self.fd is None:
             yield

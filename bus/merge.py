@@ -1,7 +1,7 @@
 """Merge: the records of a run as one history, in the order of (Lamport clock, node, seq).
 
-Files are read in pieces and never held open, so a run of a thousand processes needs neither a thousand descriptors nor
-memory for all records. What is odd about the files is noted; nothing here is fatal.
+Files are read in pieces and never held open, so a run of a thousand processes needs neither a thousand descriptors
+nor memory for all records. What is odd about the files is noted; nothing here is fatal.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ _decoder = msgspec.json.Decoder(Record)
 def read_file(path: Path, notes: Notes, piece: int = PIECE_BYTES) -> Iterator[Record]:
     """The records of one file, as written.
 
-    Unreadable lines are noted and skipped. The last line of a process that was killed may be torn; that is no loss, and
-    neither is one before the first line of the process that was started in its place.
+    Unreadable lines are noted and skipped. The last line of a process that was killed may be torn; that is no loss,
+    and neither is one before the first line of the process that was started in its place.
     """
     node = path.stem
     pid, unreadable = 0, 0

@@ -1,7 +1,8 @@
 """Everything that may travel on the bus: one closed, tagged union, one encoder, one strict decoder.
 
-A frame is an `Envelope` around at most one body. An unknown tag, a wrong type, a frame that is too long or one without
-the run's key is refused by `decode`, whole. New fields go last and have a default; the type of a field never changes.
+A frame is an `Envelope` around at most one body. An unknown tag, a wrong type, a frame that is too long or one
+without the run's key is refused by `decode`, whole. New fields go last and have a default; the type of a field never
+changes.
 """
 
 from __future__ import annotations
@@ -258,8 +259,8 @@ Body = (
 class Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One frame. Sequence numbers belong to the pair of incarnations, not to a socket.
 
-    `sequence` counts from 1; 0 means that the frame carries nothing but an acknowledgement. `acknowledged` is the highest
-    sequence number up to which the sender has everything that the receiver sent to it.
+    `sequence` counts from 1; 0 means that the frame carries nothing but an acknowledgement. `acknowledged` is the
+    highest sequence number up to which the sender has everything that the receiver sent to it.
     """
 
     key: Annotated[bytes, Meta(min_length=16, max_length=16)]
@@ -283,7 +284,8 @@ def encode(envelope: Envelope) -> bytes:
 
 
 def decode(frame: bytes) -> Envelope:
-    """The envelope in `frame`; raises `ValueError` (msgspec.DecodeError is one) on anything that is not exactly one."""
+    """The envelope in `frame`; raises `ValueError` (msgspec.DecodeError is one) on anything that is not exactly one.
+    """
     if len(frame) > MAX_FRAME:
         raise ValueError(f"frame of {len(frame)} bytes is longer than {MAX_FRAME}")
     return _decoder.decode(frame)

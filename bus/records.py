@@ -1,9 +1,9 @@
 """Records: one JSON Lines file a process, each line written with one system call.
 
-structlog is the interface: an event name, keyword fields, a chain of three processors. A line that `emit` has returned
-from survives SIGKILL of the process, because `os.write` has handed it to the kernel; only the line being written when
-the process dies can be torn. A process that is started again under the same node goes on in the same file: it takes the
-last sequence number and the last clock from there, and ends a torn line first.
+structlog is the interface: an event name, keyword fields, a chain of three processors. A line that `emit` has
+returned from survives SIGKILL of the process, because `os.write` has handed it to the kernel; only the line being
+written when the process dies can be torn. A process that is started again under the same node goes on in the same
+file: it takes the last sequence number and the last clock from there, and ends a torn line first.
 """
 
 from __future__ import annotations

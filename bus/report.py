@@ -94,7 +94,8 @@ def _rows(summary: Summary) -> Iterable[tuple[str, Text | str]]:
 
 
 def print_stories(console: Console, summary: Summary) -> None:
-    """The first time that each invariant broke by itself, with the events that show why; then what follows from them."""
+    """The first time that each invariant broke by itself, with the events that show why; then what follows from them.
+    """
     for violation in summary["violations"]:
         if violation["follows_from"]:
             continue
@@ -109,7 +110,8 @@ def print_stories(console: Console, summary: Summary) -> None:
 
 
 class Column(NamedTuple):
-    """A column of the comparison: what it shows of a strategy's summary, and how wide a console must be to have it."""
+    """A column of the comparison: what it shows of a strategy's summary, and how wide a console must be to have it.
+    """
 
     header: str
     cell: Callable[[str, Summary], Text | str]

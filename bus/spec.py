@@ -14,9 +14,9 @@ KVM = "kvm"
 class Workload(msgspec.Struct, frozen=True):
     """What user space does. Times in nanoseconds.
 
-    `guest_ns` is how long a guest runs between two groups of VM exits; `residence_ns` how long a call stays in P-SEAMLDR;
-    `action_ns` the mean time between two things that the KVM process does; `grace_ns` how long nothing may move after the
-    planned end before the machine counts as stuck.
+    `guest_ns` is how long a guest runs between two groups of VM exits; `residence_ns` how long a call stays in
+    P-SEAMLDR; `action_ns` the mean time between two things that the KVM process does; `grace_ns` how long nothing may
+    move after the planned end before the machine counts as stuck.
     """
 
     duration_ns: int
@@ -28,7 +28,8 @@ class Workload(msgspec.Struct, frozen=True):
 
 
 class MachineSpec(msgspec.Struct, frozen=True):
-    """One machine. Directories are absolute; `memory_fd` is inherited; `images` are version 2 files, one an update."""
+    """One machine. Directories are absolute; `memory_fd` is inherited; `images` are version 2 files, one an update.
+    """
 
     run_dir: str
     socket_dir: str

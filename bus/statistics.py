@@ -1,4 +1,5 @@
-"""What a run did, counted from its records: the numbers of the summary, and how often the question was really asked."""
+"""What a run did, counted from its records: the numbers of the summary, and how often the question was really asked.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +20,9 @@ VMX_COUNTS = ("vmread", "vmwrite", "vmread_errors", "vmwrite_errors", "entry_err
 class Exposures(Observer):
     """How often a P-SEAMLDR call really put KVM's tracking to the test.
 
-    `lost_vmcs`: calls that began with a current VMCS which was not current any more when SEAMRET returned, whoever took
-    it. `same_next`: of these, the next VMCS loaded on that CPU was the same. `entered_after`: of these calls, that VMCS
-    was entered on that CPU before any other was loaded there.
+    `lost_vmcs`: calls that began with a current VMCS which was not current any more when SEAMRET returned, whoever
+    took it. `same_next`: of these, the next VMCS loaded on that CPU was the same. `entered_after`: of these calls,
+    that VMCS was entered on that CPU before any other was loaded there.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,8 @@
 """Stories: the few records that explain a violation, as text for a terminal.
 
-A VMCS violation is told by three events of one CPU: the load that believed the cached pointer, the event that took the
-current VMCS or its launch state, and the operation that failed; others by the two or three records that show them.
+A VMCS violation is told by three events of one CPU: the load that believed the cached pointer, the event that took
+the current VMCS or its launch state, and the operation that failed; others by the two or three records that show
+them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The local APIC of one LP: what is pending, and in which order it is taken.
 
-The IRR holds one bit per vector: a second interrupt of a vector that is still pending merges with the first, as on the
-processor (SDM volume 3A, "Interrupt Acceptance for Fixed Interrupts"). One NMI is latched besides one being handled.
+The IRR holds one bit per vector: a second interrupt of a vector that is still pending merges with the first, as on
+the processor (SDM volume 3A, "Interrupt Acceptance for Fixed Interrupts"). One NMI is latched besides one being
+handled.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """What one CPU is made of, and the traps by which kernel code gives way.
 
-Kernel code is `async def` and touches the world only through operations of the `Cpu` it is given. An operation takes effect
-at once; after it, where events may be due, it yields a trap to whoever drives the code: the step loop of a live CPU
-process, or a machine that is stepped in one process. `budget` decides: operations left before the next yield. It is 1 in a
-stepped machine, so that every operation yields; some hundreds in a live one; and 0 as soon as the CPU itself makes an event
-deliverable (interrupts on, preemption on).
+Kernel code is `async def` and touches the world only through operations of the `Cpu` it is given. An operation takes
+effect at once; after it, where events may be due, it yields a trap to whoever drives the code: the step loop of a
+live CPU process, or a machine that is stepped in one process. `budget` decides: operations left before the next
+yield. It is 1 in a stepped machine, so that every operation yields; some hundreds in a live one; and 0 as soon as the
+CPU itself makes an event deliverable (interrupts on, preemption on).
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ class Kernel(msgspec.Struct, frozen=True):
     """The kernel as composed for one machine: what upper rooms hand in, so that this room never looks up.
 
     `functions` are those that one CPU may ask another to run, by name: cross-calls, stop_machine callbacks.
-    `static_calls` are patched in at composition, as static_call() targets are. `guest` is what a guest does between a VM
-    entry and the VM exit that ended it.
+    `static_calls` are patched in at composition, as static_call() targets are. `guest` is what a guest does between a
+    VM entry and the VM exit that ended it.
     """
 
     interrupts: Mapping[int, CpuFunction]

@@ -178,7 +178,8 @@ class Cpu(VmxOperations, CpuCore):
     # Waiting
 
     async def cpu_relax(self) -> None:
-        """PAUSE in a spinning wait: resumes when a word read since the last one, or anything that arrived, changed."""
+        """PAUSE in a spinning wait: resumes when a word read since the last one, or anything that arrived, changed.
+        """
         await trap(Trap.RELAX)
         self.recent_loads.clear()
 
@@ -226,9 +227,9 @@ class Cpu(VmxOperations, CpuCore):
     ) -> SeamReply | Outcome:
         """The SEAMCALL instruction: a fault or VM exit as an `Outcome`, else what SEAM answered.
 
-        Takes no event until it returns. SEAMRET from P-SEAMLDR may invalidate the current VMCS, and an NMI that waited is
-        taken then, before anything else here runs (Trust Domain CPU Architectural Extensions, SEAMRET). `name` and `attempt`
-        are for the records; a call that runs a TD (`guest`) has none.
+        Takes no event until it returns. SEAMRET from P-SEAMLDR may invalidate the current VMCS, and an NMI that
+        waited is taken then, before anything else here runs (Trust Domain CPU Architectural Extensions, SEAMRET).
+        `name` and `attempt` are for the records; a call that runs a TD (`guest`) has none.
         """
         fault = self.vmx.seamcall_check(rax)
         if fault is not None:
@@ -275,7 +276,8 @@ class Cpu(VmxOperations, CpuCore):
 
 
 class LockGuard:
-    """A held raw spinlock. A coroutine that is dropped with its machine releases nothing, as a CPU that loses power."""
+    """A held raw spinlock. A coroutine that is dropped with its machine releases nothing, as a CPU that loses power.
+    """
 
     def __init__(self, cpu: Cpu, lock: RawSpinLock, *, irqsave: bool) -> None:
         self.cpu = cpu

@@ -1,9 +1,9 @@
 """The parent of all processes of a machine: a fresh, single-threaded interpreter that forks them on request.
 
-It is started first, on one end of a socketpair. Each request is one JSON message; the answer carries the child's pidfd, so that
-the launcher watches the very process that was made. The parent reaps its children and says how each ended. When the
-launcher is gone, however it went, the socketpair reads EOF: the parent then kills its children, waits for them, removes the
-directory of their sockets and leaves. Each child asks to be killed when the parent dies.
+It is started first, on one end of a socketpair. Each request is one JSON message; the answer carries the child's
+pidfd, so that the launcher watches the very process that was made. The parent reaps its children and says how each
+ended. When the launcher is gone, however it went, the socketpair reads EOF: the parent then kills its children, waits
+for them, removes the directory of their sockets and leaves. Each child asks to be killed when the parent dies.
 """
 
 from __future__ import annotations

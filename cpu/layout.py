@@ -1,14 +1,13 @@
 """The map of physical memory: who lives where. Computed from the topology, the same in every process.
 
-    0x0010_0000  words of the whole kernel (online mask, update control, stop_machine)
-    0x0018_0000  TDVPR addresses of the TDs that firmware built, plain u64
-    0x0020_0000  watch slots, 64 bytes a CPU, in one row so that a store searches them at memory speed
-    0x0100_0000  per-CPU areas, four pages a CPU: two of words, VMXON region, scratch VMCS
-    0x0800_0000  task area, two pages a task: struct task with struct vcpu and struct loaded_vmcs, VMCS region
-    0x1000_0000  pages for user space's buffers and for SEAMLDR_PARAMS
-    0x4000_0000  SEAMRR: TDX module range, then P_SEAMLDR_RANGE
-    0x6000_0000  PAMT of the one TDMR, and at 0x8000_0000 the TDMR itself: encrypted memory that only the TDX module reads,
-                 so no RAM stands behind it here; what a TD has there is in the module's records, in the SEAM range
+    0x0010_0000  words of the whole kernel (online mask, update control, stop_machine) 0x0018_0000  TDVPR addresses of
+    the TDs that firmware built, plain u64 0x0020_0000  watch slots, 64 bytes a CPU, in one row so that a store
+    searches them at memory speed 0x0100_0000  per-CPU areas, four pages a CPU: two of words, VMXON region, scratch
+    VMCS 0x0800_0000  task area, two pages a task: struct task with struct vcpu and struct loaded_vmcs, VMCS region
+    0x1000_0000  pages for user space's buffers and for SEAMLDR_PARAMS 0x4000_0000  SEAMRR: TDX module range, then
+    P_SEAMLDR_RANGE 0x6000_0000  PAMT of the one TDMR, and at 0x8000_0000 the TDMR itself: encrypted memory that only
+    the TDX module reads, so no RAM stands behind it here; what a TD has there is in the module's records, in the SEAM
+    range
 """
 
 from __future__ import annotations

@@ -31,7 +31,9 @@ async def list_del(cpu: Cpu, entry: int) -> None:
 
 
 class ListWalk:
-    """list_for_each_safe: `async for` over the entries; the one at hand may be unlinked, its successor is read before."""
+    """list_for_each_safe: `async for` over the entries; the one at hand may be unlinked, its successor is read
+    before.
+    """
 
     def __init__(self, cpu: Cpu, head: int) -> None:
         self.cpu = cpu

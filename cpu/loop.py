@@ -1,9 +1,9 @@
 """The step loop of one CPU: which coroutine runs next, and what may come between two operations.
 
-A pure core. `step` drives kernel code with `send()` until something is needed that only a shell can give: messages, time, the
-SEAM side. At every boundary, in this order: an NMI unless one is being handled; an interrupt if IF is set; preemption if the
-preempt count is 0, IF is set and another thread should run (with KVM's preempt notifiers). Handlers run nested, on top of
-the thread that they interrupt.
+A pure core. `step` drives kernel code with `send()` until something is needed that only a shell can give: messages,
+time, the SEAM side. At every boundary, in this order: an NMI unless one is being handled; an interrupt if IF is set;
+preemption if the preempt count is 0, IF is set and another thread should run (with KVM's preempt notifiers). Handlers
+run nested, on top of the thread that they interrupt.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The VMX instructions as operations, with their records, and the stores that KVM's tracking of a VMCS makes.
 
-The unit decides each outcome; this file adds what makes an instruction an operation of the machine: the record, the count,
-and the Lamport stamp of the VMCS region, which carries causality from the CPU that wrote a region to the one that reads it.
+The unit decides each outcome; this file adds what makes an instruction an operation of the machine: the record, the
+count, and the Lamport stamp of the VMCS region, which carries causality from the CPU that wrote a region to the one
+that reads it.
 """
 
 from __future__ import annotations
@@ -108,8 +109,8 @@ class VmxOperations(CpuCore):
     async def vmentry(self, vcpu: int, want: int, *, launched: bool, first: bool) -> tuple[Outcome, GuestExit]:
         """VMRESUME if `launched`, else VMLAUNCH; on success the guest runs until it exits.
 
-        `want` is the VMCS that the caller means to enter and `first` says whether it is the first entry since its load:
-        both are for the record. The exit's fields are in the VMCS when this returns.
+        `want` is the VMCS that the caller means to enter and `first` says whether it is the first entry since its
+        load: both are for the record. The exit's fields are in the VMCS when this returns.
         """
         unit = self.vmx
         current = unit.cur

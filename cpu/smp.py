@@ -18,7 +18,8 @@ def csd_of(cpu: int, level: int) -> CallSingleData:
 async def smp_call_function_single(cpu: Cpu, target: int, func: str, info: int) -> int:
     """Run `func(info)` on `target` in interrupt context and wait for it; 0, or -ENXIO if it is not online.
 
-    Waiting with IRQs off for a CPU that waits for us with IRQs off is a deadlock, so that is warned about before it happens.
+    Waiting with IRQs off for a CPU that waits for us with IRQs off is a deadlock, so that is warned about before it
+    happens.
     """
     await cpu.preempt_disable()
     cpu.warn_on_once(not cpu.irqs_on, "smp_call_function_single() with interrupts disabled")
@@ -58,7 +59,8 @@ async def _csd_lock_wait(cpu: Cpu, csd: CallSingleData, target: int, func: str) 
 
 
 async def generic_smp_call_function_single_interrupt(cpu: Cpu) -> None:
-    """Handler of CALL_FUNCTION_SINGLE: run every queued function, first queued first; one interrupt may bring many."""
+    """Handler of CALL_FUNCTION_SINGLE: run every queued function, first queued first; one interrupt may bring many.
+    """
     cpu.emit("irq_enter", vector=int(Vector.CALL_FUNCTION_SINGLE))
     node = await cpu.xchg(cpu.percpu.call_single_queue, 0)
     pending: list[CallSingleData] = []

@@ -1,4 +1,5 @@
-"""A machine that is stepped in one process: no sockets, no clock; who steps next is decided outside, at every operation.
+"""A machine that is stepped in one process: no sockets, no clock; who steps next is decided outside, at every
+operation.
 
 The same kernel code and cores run here as in the live machine. The lock service and the SEAM side are handed in as an
 `Arbiter`, since they live in rooms above.

@@ -1,7 +1,7 @@
 """stop_machine (kernel/stop_machine.c): every online CPU runs a callback at once, interrupts off.
 
-Two phases matter: nobody disables interrupts before everybody has arrived, so that a CPU which waits for a cross-call or
-holds a raw lock with interrupts on can finish first.
+Two phases matter: nobody disables interrupts before everybody has arrived, so that a CPU which waits for a cross-call
+or holds a raw lock with interrupts on can finish first.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """C structures in shared memory.
 
-A `KernelStruct` is an address with named words. `v.cpu` is the *address* of the field, as `&v->cpu` is in C, so kernel code
-reads `await cpu.load(v.cpu)` and writes `await cpu.store(v.cpu, NONE)`: each is one operation of the machine.
+A `KernelStruct` is an address with named words. `v.cpu` is the *address* of the field, as `&v->cpu` is in C, so
+kernel code reads `await cpu.load(v.cpu)` and writes `await cpu.store(v.cpu, NONE)`: each is one operation of the
+machine.
 """
 
 from __future__ import annotations

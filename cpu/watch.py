@@ -1,7 +1,8 @@
 """Sleeping on memory, as MONITOR and MWAIT do.
 
 A CPU that waits writes the words that it last read into its watch slots, arms each word, and looks at the values once
-more; if none changed it may sleep. A store to an armed word searches the slots of all CPUs and rings those that name it.
+more; if none changed it may sleep. A store to an armed word searches the slots of all CPUs and rings those that name
+it.
 """
 
 from __future__ import annotations

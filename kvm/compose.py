@@ -23,9 +23,10 @@ class Knobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the architecture leaves open, or the kernel could do otherwise; each a `--knob NAME=VALUE`.
 
     `seamret_launch` and `seamret_scope`: what SEAMRET from P-SEAMLDR does to VMCSs on a CPU whose IA32_VMX_BASIC has
-    bit 60 (`vmx_basic_bit60`) clear. `enforce_gate`: the kernel refuses updates on such a CPU; "auto" is on for the strategy
-    `refuse-on-erratum` alone. `avoid_compat_sensitive`: TDH.SYS.SHUTDOWN is asked to refuse while a TD is being built.
-    `seamdb_size`: modules that may be installed. `fms`: CPUID.1.EAX. `seamldr_profile`, `module_profile`: which firmware.
+    bit 60 (`vmx_basic_bit60`) clear. `enforce_gate`: the kernel refuses updates on such a CPU; "auto" is on for the
+    strategy `refuse-on-erratum` alone. `avoid_compat_sensitive`: TDH.SYS.SHUTDOWN is asked to refuse while a TD is
+    being built. `seamdb_size`: modules that may be installed. `fms`: CPUID.1.EAX. `seamldr_profile`,
+    `module_profile`: which firmware.
     """
 
     seamret_launch: str = "preserve"

@@ -1,7 +1,8 @@
 """The synthetic guest: what it does between a VM entry and the VM exit that ends it.
 
 Its whole state is two registers in the VMCS. A run that is not interrupted moves both by a fixed rule and ends in an
-instruction that exits; KVM knows the rule, so that a lost or stale VMCS shows as wrong data, not only as a failed instruction.
+instruction that exits; KVM knows the rule, so that a lost or stale VMCS shows as wrong data, not only as a failed
+instruction.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """KVM's tracking of VMCSs per CPU (arch/x86/kvm/vmx/vmx.c, vmx_ops.h).
 
-The rule that everything here keeps: a VMCS is active on at most one CPU, `loaded_vmcs.cpu` names it, and `current_vmcs`
-of that CPU names the one that is current there. VMPTRLD is skipped when `current_vmcs` says that nothing changed.
+The rule that everything here keeps: a VMCS is active on at most one CPU, `loaded_vmcs.cpu` names it, and
+`current_vmcs` of that CPU names the one that is current there. VMPTRLD is skipped when `current_vmcs` says that
+nothing changed.
 """
 
 from __future__ import annotations
@@ -136,7 +137,8 @@ def host_gdtr_base(cpu: Cpu) -> int:
 
 
 async def alloc_loaded_vmcs(cpu: Cpu, v: LoadedVmcs, page: int) -> None:
-    """Stamp the revision id into the page and VMCLEAR it; the CPU is in VMX operation. A vmcs of 0 in `v` means none."""
+    """Stamp the revision id into the page and VMCLEAR it; the CPU is in VMX operation. A vmcs of 0 in `v` means none.
+    """
     await cpu.clear_page(page)
     await cpu.write_phys(page, cpu.vmx.config.vmcs_revision_id.to_bytes(4, "little"))
     await vmcs_clear(cpu, page, "alloc")

@@ -4,7 +4,8 @@
         await machine.run_workload()
     judgement = machine.check()
 
-Inside the block every process is online; after it none is left, nor a socket file, nor the memory, however the block ended.
+Inside the block every process is online; after it none is left, nor a socket file, nor the memory, however the block
+ended.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The KVM process: host user space and the load balancer. It asks; the CPUs do.
 
-Which CPU has a task is one word in shared memory, written by the CPU that has it. This process only reads it, sends requests
-over the bus, and owns the pages that user space's buffers are made of.
+Which CPU has a task is one word in shared memory, written by the CPU that has it. This process only reads it, sends
+requests over the bus, and owns the pages that user space's buffers are made of.
 """
 
 from __future__ import annotations

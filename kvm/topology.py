@@ -31,7 +31,9 @@ class TopologyError(ValueError):
 
 
 class Topology(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One run. `module` is an image file for the updates, made on the spot if None; `seconds` the length of the workload."""
+    """One run. `module` is an image file for the updates, made on the spot if None; `seconds` the length of the
+    workload.
+    """
 
     cpus: int = 4
     vcpus: int = 8

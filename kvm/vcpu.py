@@ -9,8 +9,8 @@ from cpu.struct import Word
 class Vcpu(Task):
     """`struct vcpu_vmx` and its `loaded_vmcs`.
 
-    `rip`, `rsp` and `cookie` are KVM's copies of what the VMCS must hold: the guest's registers by the guest's rule, and a
-    value that KVM itself wrote. `regs_dirty` says that `rip` waits to be written before the next entry.
+    `rip`, `rsp` and `cookie` are KVM's copies of what the VMCS must hold: the guest's registers by the guest's rule,
+    and a value that KVM itself wrote. `regs_dirty` says that `rip` waits to be written before the next entry.
     """
 
     created = Word()

@@ -1,8 +1,8 @@
 """All that a strategy needs: `from seamldr.api import ...`.
 
-A strategy is `async def seamldr_call(cpu, fn, args)`: make the SEAMCALL, leave this CPU's VMCS as KVM believes it is, and
-return 0 or a negative errno. Every `await` is one machine operation, and the only place where an interrupt, an NMI, a
-preemption or another CPU may come in.
+A strategy is `async def seamldr_call(cpu, fn, args)`: make the SEAMCALL, leave this CPU's VMCS as KVM believes it is,
+and return 0 or a negative errno. Every `await` is one machine operation, and the only place where an interrupt, an
+NMI, a preemption or another CPU may come in.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ Profile = Literal["A", "B"]
 class ModuleIdentity(msgspec.Struct, frozen=True):
     """Version, features and handoff rules of one TDX module build.
 
-    Profile "A" behaves as a module with handoff version 0, "B" as one with version 1. `build_date` is decimal yyyymmdd,
-    `num_handoff_pages` the count minus one.
+    Profile "A" behaves as a module with handoff version 0, "B" as one with version 1. `build_date` is decimal
+    yyyymmdd, `num_handoff_pages` the count minus one.
     """
 
     major: int = 1

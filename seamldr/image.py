@@ -1,7 +1,8 @@
 """TDX module image files: the container that ships today (version 1) and the one that Linux reads (version 2).
 
 Sources: Intel TDX module binaries, blob_structure.txt, for version 1; Linux, arch/x86/virt/vmx/tdx/seamldr.c, for
-version 2 and its checks. A container holds pages of SEAM_SIGSTRUCT, then pages of module; neither is looked into here.
+version 2 and its checks. A container holds pages of SEAM_SIGSTRUCT, then pages of module; neither is looked into
+here.
 """
 
 from __future__ import annotations

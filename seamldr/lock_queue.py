@@ -1,12 +1,14 @@
 """The queue behind a raw spinlock: first come first served, with fencing tokens. A pure core.
 
-Who is next: requests are granted in the order in which they reached the service. A CPU may wait at several context levels at
-once (an NMI above its own waiting task), so a request is named by (cpu, incarnation, request). Every grant has a token
-(epoch, number) that is greater than all before it: the epoch is the service's incarnation, so tokens never go back even if
-the service itself is killed and restarted. A release under a token that is not the holder's does nothing.
+Who is next: requests are granted in the order in which they reached the service. A CPU may wait at several context
+levels at once (an NMI above its own waiting task), so a request is named by (cpu, incarnation, request). Every grant
+has a token (epoch, number) that is greater than all before it: the epoch is the service's incarnation, so tokens
+never go back even if the service itself is killed and restarted. A release under a token that is not the holder's
+does nothing.
 
-A CPU that dies leaves the queue. If it was the holder, the policy decides: "release" grants the next waiter, under a higher
-token, so that whatever the dead one still has under way is fenced off; "hang" is what a kernel would do: nobody gets it.
+A CPU that dies leaves the queue. If it was the holder, the policy decides: "release" grants the next waiter, under a
+higher token, so that whatever the dead one still has under way is fenced off; "hang" is what a kernel would do:
+nobody gets it.
 """
 
 from __future__ import annotations
@@ -70,7 +72,8 @@ class LockQueue:
         return True, self._next()
 
     def dead(self, node: str, incarnation: int) -> tuple[list[Request], Grant | None]:
-        """A process died: its requests that are gone, held ones too if the policy releases them, and the next grant."""
+        """A process died: its requests that are gone, held ones too if the policy releases them, and the next grant.
+        """
         gone = [r for r in self.waiting if (r.node, r.incarnation) == (node, incarnation)]
         self.waiting = deque(r for r in self.waiting if r not in gone)
         holder = self.holder

@@ -1,7 +1,7 @@
 """Making TDX module images: a small, valid ELF64 image that names itself, and its signed manifest.
 
-The shape is that of Intel's modules (one text, RELATIVE relocations, an interrupt table that the loader patches, a tail
-of F4H bytes); the text itself is filler, since the emulated module runs from its identity.
+The shape is that of Intel's modules (one text, RELATIVE relocations, an interrupt table that the loader patches, a
+tail of F4H bytes); the text itself is filler, since the emulated module runs from its identity.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The SEAM side of the platform: the processor's gate, P-SEAMLDR and the TDX module, as one core.
 
-A SEAMCALL is `enter`, a residence that the shell times, and `leave`, which brings the registers of SEAMRET. State is kept in the
-SEAM range after every step, so that a process that takes over finds it there.
+A SEAMCALL is `enter`, a residence that the shell times, and `leave`, which brings the registers of SEAMRET. State is
+kept in the SEAM range after every step, so that a process that takes over finds it there.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ class SeamSide:
     # Before the machine runs
 
     def load(self, image: ModuleImage, staging: int) -> None:
-        """What firmware does at boot: LOAD the module through every LP, by way of pages at `staging`. Raises Fatal."""
+        """What firmware does at boot: LOAD the module through every LP, by way of pages at `staging`. Raises Fatal.
+        """
         pages = image.sigstruct[:PAGE_SIZE] + image.module
         self.memory.write(staging, pages)
         first = staging + PAGE_SIZE

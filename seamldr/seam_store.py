@@ -1,8 +1,8 @@
 """Where SEAM state lives: a log of records in P_SEAMLDR_RANGE, so that it survives the process that serves it.
 
-The log is a row of [u32 name length, u32 data length, name, data]; its first u64 is the offset at which it ends. A record
-is written before the end moves past it, so a writer that is killed leaves the log as it was. A full log is written again with
-only the newest record of each name.
+The log is a row of [u32 name length, u32 data length, name, data]; its first u64 is the offset at which it ends. A
+record is written before the end moves past it, so a writer that is killed leaves the log as it was. A full log is
+written again with only the newest record of each name.
 """
 
 from __future__ import annotations

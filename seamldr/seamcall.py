@@ -1,7 +1,7 @@
 """How the kernel makes a SEAMCALL (arch/x86/virt/vmx/tdx: seamcall.S, seamcall_internal.h).
 
-Registers travel as `struct tdx_module_args`: rcx, rdx, r8 to r15, rbx, rdi, rsi. A status is RAX as SEAM left it, or one of
-the kernel's software codes if the instruction itself failed.
+Registers travel as `struct tdx_module_args`: rcx, rdx, r8 to r15, rbx, rdi, rsi. A status is RAX as SEAM left it, or
+one of the kernel's software codes if the instruction itself failed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The seamldr process: the lock service and the SEAM side of the platform, on the bus.
 
-It is judged by its own sequence of records: what it queues, grants and admits happens in the order in which it writes it.
+It is judged by its own sequence of records: what it queues, grants and admits happens in the order in which it writes
+it.
 """
 
 from __future__ import annotations

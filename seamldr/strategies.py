@@ -1,7 +1,7 @@
 """The catalogue: every way of calling P-SEAMLDR that was shipped, posted or proposed, and a few more.
 
-Each reads like the patch that it stands for. The docstrings say where it comes from and what to expect of it on a CPU whose
-SEAMRET invalidates the current VMCS; `docs/strategies.md` compares them.
+Each reads like the patch that it stands for. The docstrings say where it comes from and what to expect of it on a CPU
+whose SEAMRET invalidates the current VMCS; `docs/strategies.md` compares them.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ async def refuse_on_erratum(cpu: Cpu, fn: int, args: TdxModuleArgs) -> int:
 
 
 async def retry_on_busy(cpu: Cpu, fn: int, args: TdxModuleArgs) -> int:
-    """No lock: call again as long as P-SEAMLDR is busy (VMfailInvalid), bounded since that also means "not loaded"."""
+    """No lock: call again as long as P-SEAMLDR is busy (VMfailInvalid), bounded since that also means "not loaded".
+    """
     flags = await cpu.local_irq_save()
     for _ in range(RETRIES_WHEN_BUSY):
         ret = await seamcall_prerr(cpu, fn, args)

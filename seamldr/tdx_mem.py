@@ -1,7 +1,7 @@
 """TDH.MEM.*: pages of a TD, and the tracking of stale translations.
 
-The Secure EPT is a map from page to guest-physical address; parent tables may be added (SEPT.ADD) but are not required.
-Bytes of an added page are copied in physical memory. Only 4 KiB pages are mapped.
+The Secure EPT is a map from page to guest-physical address; parent tables may be added (SEPT.ADD) but are not
+required. Bytes of an added page are copied in physical memory. Only 4 KiB pages are mapped.
 
 Source: Intel TDX module, `src/vmm_dispatcher/api_calls/tdh_mem_*.c`.
 """

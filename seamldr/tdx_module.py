@@ -3,8 +3,9 @@
     module = TdxModule(identity, platform, memory)          # right after an install
     result = module.seamcall(lp, TdhLeaf.TDH_SYS_INIT, Registers())
 
-A TDH.VP.ENTER that succeeds leaves the LP *in the guest*: `Result.running` names the vCPU, its locks stay held and the
-LP stays busy, `guest_step` lets the guest work, and `td_exit` ends it. Everything else is over when `seamcall` returns.
+A TDH.VP.ENTER that succeeds leaves the LP *in the guest*: `Result.running` names the vCPU, its locks stay held and
+the LP stays busy, `guest_step` lets the guest work, and `td_exit` ends it. Everything else is over when `seamcall`
+returns.
 
 An update makes a new `TdxModule` from the new image's identity, the same memory (the handoff area is in it) and the
 same `tds`; a restart of the emulator makes one from the saved state too. `dirty` names the records that changed:

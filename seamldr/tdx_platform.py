@@ -15,7 +15,8 @@ _HANDOFF_FIELDS_OFFSET = 2152
 
 
 class HandoffParams(msgspec.Struct, frozen=True):
-    """The handoff fields that P-SEAMLDR took from the signature structure and left in SYS_INFO_TABLE for the module."""
+    """The handoff fields that P-SEAMLDR took from the signature structure and left in SYS_INFO_TABLE for the module.
+    """
 
     module_hv: int
     min_update_hv: int
@@ -26,7 +27,8 @@ class HandoffParams(msgspec.Struct, frozen=True):
 class ModulePlatform(msgspec.Struct, frozen=True):
     """The platform of one installed module: make a new one, with another SEAMDB index, for each install.
 
-    Addresses and sizes are in bytes. `pkg_of_lp` names all LPs that firmware knows, by x2APIC id, with their packages.
+    Addresses and sizes are in bytes. `pkg_of_lp` names all LPs that firmware knows, by x2APIC id, with their
+    packages.
     """
 
     pkg_of_lp: dict[int, int]

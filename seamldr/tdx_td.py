@@ -1,7 +1,7 @@
 """TDH.MNG.* and TDH.MR.*: the life of a trust domain from CREATE to FREEID, and its measurement.
 
-The running MRTD context is emulated as a hash chain. The crypto library keeps it in a layout of its own; a library that
-finds another's layout reads garbage, which is the published erratum of an update during a TD build.
+The running MRTD context is emulated as a hash chain. The crypto library keeps it in a layout of its own; a library
+that finds another's layout reads garbage, which is the published erratum of an update during a TD build.
 
 Source: Intel TDX module, `src/vmm_dispatcher/api_calls/{tdh_mng_*,tdh_mr_*}.c`.
 """

@@ -23,7 +23,8 @@ PAMT_PAGE_SIZES = (1 << 30, 1 << 21, 1 << 12)
 
 
 class TdmrInfo(msgspec.Struct, frozen=True):
-    """`struct tdmr_info`: a region, its three PAMT areas (1 GiB, 2 MiB, 4 KiB pages) and the holes in it, in bytes."""
+    """`struct tdmr_info`: a region, its three PAMT areas (1 GiB, 2 MiB, 4 KiB pages) and the holes in it, in bytes.
+    """
 
     base: int
     size: int
@@ -51,7 +52,8 @@ def pamt_size(tdmr_size: int, page_size: int) -> int:
 
 
 def plan_tdmr(base: int, size: int, pamt_pa: int, usable: tuple[int, int]) -> TdmrInfo:
-    """A TDMR over [base, base + size) whose PAMT begins at `pamt_pa` and whose only free part is `usable` (start, end).
+    """A TDMR over [base, base + size) whose PAMT begins at `pamt_pa` and whose only free part is `usable` (start,
+    end).
 
     >>> plan_tdmr(0, 1 << 30, 0x100000, (0x800000, 0x4000000)).reserved
     ((0, 8388608), (67108864, 1006632960))

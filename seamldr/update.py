@@ -1,7 +1,7 @@
 """The runtime update of the TDX module (arch/x86/virt/vmx/tdx: seamldr.c, tdx.c), as merged.
 
-`seamldr_install_module` runs in a worker. It checks the image's framing, fills SEAMLDR_PARAMS, and has every online CPU run
-`do_seamldr_install_module` under stop_machine: a lock-step through five stages that each CPU acknowledges.
+`seamldr_install_module` runs in a worker. It checks the image's framing, fills SEAMLDR_PARAMS, and has every online
+CPU run `do_seamldr_install_module` under stop_machine: a lock-step through five stages that each CPU acknowledges.
 """
 
 from __future__ import annotations
@@ -154,7 +154,8 @@ async def _ack_state(cpu: Cpu, update: int, state: ModuleUpdateState, ret: int) 
 
 
 async def tdx_module_shutdown(cpu: Cpu) -> int:
-    """Lead CPU: ask the running module for its handoff data in its own version, and forget that TDX is initialized."""
+    """Lead CPU: ask the running module for its handoff data in its own version, and forget that TDX is initialized.
+    """
     status, registers = await seamcall_ret(cpu, TdhLeaf.TDH_SYS_RD, TdxModuleArgs(rdx=FIELD_MODULE_HV))
     if status:
         return seamcall_errno(status)

@@ -121,8 +121,8 @@ class Limits(msgspec.Struct, frozen=True):
 class VmxConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One processor model.
 
-    `maxphyaddr` is CPUID.80000008H:EAX[7:0]. `caps` maps the index of a capability MSR (480H and up) to its value; one
-    that is missing does not exist. `supported_fields` holds full-access encodings, None for every architectural
+    `maxphyaddr` is CPUID.80000008H:EAX[7:0]. `caps` maps the index of a capability MSR (480H and up) to its value;
+    one that is missing does not exist. `supported_fields` holds full-access encodings, None for every architectural
     one; encodings the architecture does not name are stored by the width and type in their bits. `seamrr_mask` is
     IA32_SEAMRR_MASK, whose bit 11 (valid) SEAMCALL wants.
     """

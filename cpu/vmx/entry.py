@@ -1,4 +1,5 @@
-"""VM entry: the checks of control and host-state fields, and the way into the guest (Intel SDM vol. 3C, "VM Entries").
+"""VM entry: the checks of control and host-state fields, and the way into the guest (Intel SDM vol. 3C, "VM
+Entries").
 
 Checks of fields that seldom change are done once: a VMCS remembers the bytes that were found good (`Vmcs.checked`).
 """

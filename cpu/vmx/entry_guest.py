@@ -1,5 +1,6 @@
-"""VM entry: the checks of guest state (Intel SDM vol. 3C, "Checking and Loading Guest State"). Each finds None, or the
-exit qualification of the failed entry."""
+"""VM entry: the checks of guest state (Intel SDM vol. 3C, "Checking and Loading Guest State"). Each finds None, or
+the exit qualification of the failed entry.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Synthetic guests: small programs whose first VM exit is known by name.
 
-A guest has no code in memory. Its RIP says which program it runs and how far it is: each program has a page of its own
-from `ROM` on, an instruction is as long as its encoding would be, and what follows the last one is VMCALL. An event
-that the guest takes through its IDT continues at IDTR.base + 16 * vector, where every instruction is VMCALL.
+A guest has no code in memory. Its RIP says which program it runs and how far it is: each program has a page of its
+own from `ROM` on, an instruction is as long as its encoding would be, and what follows the last one is VMCALL. An
+event that the guest takes through its IDT continues at IDTR.base + 16 * vector, where every instruction is VMCALL.
 """
 
 from __future__ import annotations

@@ -65,9 +65,9 @@ class LogicalProcessor:
     """Registers and VMX state. A new one runs 64-bit code at CPL 0, CR4.VMXE and IA32_FEATURE_CONTROL still zero.
 
     `memory` is the physical memory that holds the VMXON and VMCS regions. Attributes that the machine may set at any
-    time: `cpl`, `code_mode`, `mov_ss_blocking` (holds for the next instruction), `a20m`, `in_seam`, `on_inject` (called
-    with the interruption information of each event that a VM entry injects; returns the VM exit that delivering it to
-    the guest causes, if any).
+    time: `cpl`, `code_mode`, `mov_ss_blocking` (holds for the next instruction), `a20m`, `in_seam`, `on_inject`
+    (called with the interruption information of each event that a VM entry injects; returns the VM exit that
+    delivering it to the guest causes, if any).
     """
 
     def __init__(self, config: VmxConfig, memory: PhysicalMemory) -> None:
@@ -129,8 +129,9 @@ class LogicalProcessor:
         self.code_mode = CodeMode.LONG
 
     def reset_to_vmx_ready(self) -> None:
-        """RESET, then what firmware and kernel do before VMXON: IA32_FEATURE_CONTROL locked with VMXON enabled, CR0 and
-        CR4 as their fixed bits want them, CR4.VMXE set."""
+        """RESET, then what firmware and kernel do before VMXON: IA32_FEATURE_CONTROL locked with VMXON enabled, CR0
+        and CR4 as their fixed bits want them, CR4.VMXE set.
+        """
         self.reset()
         self.feature_control = FeatureControl.LOCK | FeatureControl.VMX_OUTSIDE_SMX
         self.cr0 = self.cr0_fixed.adjust(self.cr0)

@@ -155,8 +155,8 @@ def run_script(config: dict[str, Any], ops: list[dict[str, Any]]) -> list[dict[s
     """Run `ops` on processors as `config` describes them; one result per operation, in order.
 
     Every processor starts in long mode at CPL 0 with CR4.VMXE clear and IA32_FEATURE_CONTROL zero; they share 64 MiB
-    of zeroed memory. An operation that a processor does not come back from (its guest runs on, it waits for a SIPI, it
-    shut down) has status no_response, and if it ends later, `join` has its result. Raises ScriptError.
+    of zeroed memory. An operation that a processor does not come back from (its guest runs on, it waits for a SIPI,
+    it shut down) has status no_response, and if it ends later, `join` has its result. Raises ScriptError.
 
     >>> run_script({}, [{"op": "vmcall"}])[0]["status"]
     'exception'

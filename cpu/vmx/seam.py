@@ -42,8 +42,8 @@ def seamret_pseamldr(unit: VmxUnit, launch: str, scope: str) -> int:
     """The end of a P-SEAMLDR call, seen from the caller; returns the current-VMCS pointer that was lost, or NO_VMCS.
 
     With IA32_VMX_BASIC[60] = 1 nothing happens. Else the caller is left without a current VMCS, and the data of the
-    VMCSs concerned is written back. `launch` "preserve": they stay active here and launched as they were; "clear": they
-    are clear and not active here any more, as after VMCLEAR. `scope` "current_only": the VMCS that was current;
+    VMCSs concerned is written back. `launch` "preserve": they stay active here and launched as they were; "clear":
+    they are clear and not active here any more, as after VMCLEAR. `scope` "current_only": the VMCS that was current;
     "all_active_on_lp": every VMCS active here, even if none was current. Raises ValueError for other words.
     """
     if launch not in LAUNCH_KNOBS or scope not in SCOPE_KNOBS:

@@ -1,5 +1,6 @@
-"""What a synthetic guest executes: instructions by what they can cause (Intel SDM vol. 3C, "Instructions That Cause VM
-Exits")."""
+"""What a synthetic guest executes: instructions by what they can cause (Intel SDM vol. 3C, "Instructions That Cause
+VM Exits").
+"""
 
 from __future__ import annotations
 

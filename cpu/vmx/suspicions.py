@@ -1,5 +1,6 @@
-"""States that no instruction refuses and that are mistakes all the same: what the architecture leaves undefined when a
-VMCS or VMXON region is shared between processors, or used before its first VMCLEAR."""
+"""States that no instruction refuses and that are mistakes all the same: what the architecture leaves undefined when
+a VMCS or VMXON region is shared between processors, or used before its first VMCLEAR.
+"""
 
 from __future__ import annotations
 

@@ -103,7 +103,8 @@ class VmxUnit(LogicalProcessor):
         return PAGE_FAULT if unmapped else Outcome(_SUCCEED, 0, self.cur)
 
     def vmclear(self, pa: int, unmapped: bool = False) -> Outcome:
-        """Write the VMCS at `pa` back, make its launch state clear; it is neither active nor current here any more."""
+        """Write the VMCS at `pa` back, make its launch state clear; it is neither active nor current here any more.
+        """
         if not self._plain and (refused := self._refuse(ExitReason.VMCLEAR, 4)):
             return refused
         if unmapped:
@@ -199,8 +200,8 @@ class VmxUnit(LogicalProcessor):
     def vmresume(self) -> Outcome:
         """Enter the guest of the current VMCS, whose launch state has to be launched.
 
-        SUCCEED: the unit is in VMX non-root operation, the guest runs. VM_EXIT: the entry failed on guest state (bit 31
-        of the reason) or an event that was waiting ended the guest at once; the unit is in root operation.
+        SUCCEED: the unit is in VMX non-root operation, the guest runs. VM_EXIT: the entry failed on guest state (bit
+        31 of the reason) or an event that was waiting ended the guest at once; the unit is in root operation.
         """
         return self._enter(_VMRESUME)
 

@@ -10,8 +10,8 @@ The region in memory is 4 KiB:
            the architecture does not name
     +4080  not used by the processor
 
-From VMPTRLD to VMCLEAR a logical processor works on its own copy, a `Vmcs`; memory holds what was last written back. A
-processor that dies takes its copy with it.
+From VMPTRLD to VMCLEAR a logical processor works on its own copy, a `Vmcs`; memory holds what was last written back.
+A processor that dies takes its copy with it.
 """
 
 from __future__ import annotations
