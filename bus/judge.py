@@ -23,6 +23,9 @@ from bus.statistics import Cost, Exposures, Statistics
 from bus.story import Story
 from bus.waits import Ending, Wait
 
+KERNEL_LOG_LINES = 20
+"""Different lines of the kernel log that a summary shows, the most frequent ones."""
+
 Verdict = Literal["safe", "unsafe", "incomplete"]
 
 
@@ -93,6 +96,7 @@ class Judgement(msgspec.Struct, frozen=True):
             "lock": numbers.lock(),
             "processes": numbers.processes(),
             "seconds": numbers.seconds(),
+            "kernel_log": dict(numbers.kernel_log.most_common(KERNEL_LOG_LINES)),
             "why": list(self.why),
             "suspects": list(self.suspects),
             "excused": list(self.excused),

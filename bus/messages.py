@@ -284,8 +284,7 @@ def encode(envelope: Envelope) -> bytes:
 
 
 def decode(frame: bytes) -> Envelope:
-    """The envelope in `frame`; raises `ValueError` (msgspec.DecodeError is one) on anything that is not exactly one.
-    """
+    """The envelope in `frame`; raises `ValueError` (msgspec.DecodeError is one) on anything that is not exactly one."""
     if len(frame) > MAX_FRAME:
         raise ValueError(f"frame of {len(frame)} bytes is longer than {MAX_FRAME}")
     return _decoder.decode(frame)

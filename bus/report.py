@@ -86,6 +86,8 @@ def _rows(summary: Summary) -> Iterable[tuple[str, Text | str]]:
         f"{lock['acquisitions']} acquisitions, at most {lock['max_holders']} holder; waited {waits['p50']:.0f} us (p50), "
         f"{waits['p99']:.0f} us (p99)"
     )
+    for line, count in list(summary["kernel_log"].items())[:5]:
+        yield "kernel log", line + (f" ({count} times)" if count > 1 else "")
     for sentence in summary["assumptions"]:
         yield "assumed", sentence
     for sentence in [*summary.get("excused", []), *summary.get("notes", [])][:6]:
@@ -110,8 +112,7 @@ def print_stories(console: Console, summary: Summary) -> None:
 
 
 class Column(NamedTuple):
-    """A column of the comparison: what it shows of a strategy's summary, and how wide a console must be to have it.
-    """
+    """A column of the comparison: what it shows of a strategy's summary, and how wide a console must be to have it."""
 
     header: str
     cell: Callable[[str, Summary], Text | str]

@@ -28,8 +28,7 @@ class Workload(msgspec.Struct, frozen=True):
 
 
 class MachineSpec(msgspec.Struct, frozen=True):
-    """One machine. Directories are absolute; `memory_fd` is inherited; `images` are version 2 files, one an update.
-    """
+    """One machine. Directories are absolute; `memory_fd` is inherited; `images` are version 2 files, one an update."""
 
     run_dir: str
     socket_dir: str

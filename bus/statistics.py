@@ -1,5 +1,4 @@
-"""What a run did, counted from its records: the numbers of the summary, and how often the question was really asked.
-"""
+"""What a run did, counted from its records: the numbers of the summary, and how often the question was really asked."""
 
 from __future__ import annotations
 
@@ -134,6 +133,7 @@ class Statistics(Observer):
         self.wrong_data = 0
         self.records = 0
         self.broken: list[str] = []
+        self.kernel_log: Counter[str] = Counter()
         self._counters: dict[tuple[str, int], dict[str, int]] = {}
         self._cpus: dict[str, int] = {}
         self._asked = 0
@@ -173,6 +173,12 @@ class Statistics(Observer):
         self.broken.append(f"{record['node']} met a bug of its own: {record['error']}")
 
     # Work
+
+    def on_log(self, record: Record, shadow: Shadow) -> None:
+        self.kernel_log[record["text"]] += 1
+
+    def on_warn(self, record: Record, shadow: Shadow) -> None:
+        self.kernel_log[record["text"]] += 1
 
     def on_seamcall_enter(self, record: Record, shadow: Shadow) -> None:
         self.seamcalls[record["name"]] += 1

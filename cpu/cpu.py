@@ -178,8 +178,7 @@ class Cpu(VmxOperations, CpuCore):
     # Waiting
 
     async def cpu_relax(self) -> None:
-        """PAUSE in a spinning wait: resumes when a word read since the last one, or anything that arrived, changed.
-        """
+        """PAUSE in a spinning wait: resumes when a word read since the last one, or anything that arrived, changed."""
         await trap(Trap.RELAX)
         self.recent_loads.clear()
 
@@ -276,8 +275,7 @@ class Cpu(VmxOperations, CpuCore):
 
 
 class LockGuard:
-    """A held raw spinlock. A coroutine that is dropped with its machine releases nothing, as a CPU that loses power.
-    """
+    """A held raw spinlock. A coroutine that is dropped with its machine releases nothing, as a CPU that loses power."""
 
     def __init__(self, cpu: Cpu, lock: RawSpinLock, *, irqsave: bool) -> None:
         self.cpu = cpu

@@ -59,8 +59,7 @@ async def _csd_lock_wait(cpu: Cpu, csd: CallSingleData, target: int, func: str) 
 
 
 async def generic_smp_call_function_single_interrupt(cpu: Cpu) -> None:
-    """Handler of CALL_FUNCTION_SINGLE: run every queued function, first queued first; one interrupt may bring many.
-    """
+    """Handler of CALL_FUNCTION_SINGLE: run every queued function, first queued first; one interrupt may bring many."""
     cpu.emit("irq_enter", vector=int(Vector.CALL_FUNCTION_SINGLE))
     node = await cpu.xchg(cpu.percpu.call_single_queue, 0)
     pending: list[CallSingleData] = []

@@ -63,6 +63,7 @@ class Machine:
         self.run_seconds = 0.0
         self.killed = 0
         self._waits: dict[str, Waits] = {}
+        self._hellos: set[str] = set()
         self._broken: str | None = None
         self._ended = False
         self._life = self._live()
@@ -166,10 +167,9 @@ class Machine:
         name = delivery.source.node
         process = self.processes.get(name)
         match delivery.body:
-            case Hello() if process is not None:
-                self.node.emit("process_online", name=name, incarnation=process.incarnation)
-                process.online.set()
-                self._progressed()
+            case Hello():
+                self._hellos.add(name)
+                self._met(name)
             case Progress(facts=facts):
                 self._progress(facts)
             case Finished():
@@ -180,6 +180,14 @@ class Machine:
                 self._waits[name] = waits
             case body:
                 self.node.emit("refused", reason="unexpected", head=type(body).__name__)
+
+    def _met(self, name: str) -> None:
+        """A process is online once it said hello and the parent told of it, in whichever order."""
+        process = self.processes.get(name)
+        if process is not None and name in self._hellos and not process.online.is_set():
+            self.node.emit("process_online", name=name, incarnation=process.incarnation)
+            process.online.set()
+            self._progressed()
 
     def _progress(self, facts: dict[str, int]) -> None:
         if facts != self.facts:
@@ -196,6 +204,7 @@ class Machine:
                 return
             if isinstance(answer, Process):
                 self.processes[answer.node] = answer
+                self._met(answer.node)
                 self._nursery.start_soon(self._watch, answer)
             else:
                 self._parent.exits[answer.pid] = answer.status

@@ -1,5 +1,4 @@
-"""What firmware leaves to the kernel at power on: P-SEAMLDR launched, a TDX module running, TDs that can be entered.
-"""
+"""What firmware leaves to the kernel at power on: P-SEAMLDR launched, a TDX module running, TDs that can be entered."""
 
 from __future__ import annotations
 

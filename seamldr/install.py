@@ -187,8 +187,7 @@ class Installer:
         self._wiped = True
 
     def _map(self, layout: RangeLayout) -> None:
-        """Count page tables; the order is code, data, stacks, SYS_INFO_TABLE, then the keyholes, which may not fail.
-        """
+        """Count page tables; the order is code, data, stacks, SYS_INFO_TABLE, then the keyholes, which may not fail."""
         if layout.spare_table_pages < layout.tables_before_keyhole:
             raise InstallError(SeamldrStatus.ENOMEM)
         if layout.spare_table_pages < layout.tables:

@@ -72,8 +72,7 @@ class LockQueue:
         return True, self._next()
 
     def dead(self, node: str, incarnation: int) -> tuple[list[Request], Grant | None]:
-        """A process died: its requests that are gone, held ones too if the policy releases them, and the next grant.
-        """
+        """A process died: its requests that are gone, held ones too if the policy releases them, and the next grant."""
         gone = [r for r in self.waiting if (r.node, r.incarnation) == (node, incarnation)]
         self.waiting = deque(r for r in self.waiting if r not in gone)
         holder = self.holder

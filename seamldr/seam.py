@@ -82,8 +82,7 @@ class SeamSide:
     # Before the machine runs
 
     def load(self, image: ModuleImage, staging: int) -> None:
-        """What firmware does at boot: LOAD the module through every LP, by way of pages at `staging`. Raises Fatal.
-        """
+        """What firmware does at boot: LOAD the module through every LP, by way of pages at `staging`. Raises Fatal."""
         pages = image.sigstruct[:PAGE_SIZE] + image.module
         self.memory.write(staging, pages)
         first = staging + PAGE_SIZE

@@ -15,8 +15,7 @@ _LAYOUT = struct.Struct("<Q16s48s48sQ3B5x")
 
 
 class SeamExtend(msgspec.Struct, frozen=True):
-    """The fields in order. `tee_tcb_svn` is minor SVN, major SVN, SE SVN, 13 reserved; each ready flag is one byte.
-    """
+    """The fields in order. `tee_tcb_svn` is minor SVN, major SVN, SE SVN, 13 reserved; each ready flag is one byte."""
 
     valid: int = 0
     tee_tcb_svn: bytes = bytes(16)

@@ -104,8 +104,7 @@ def add_vcpu(module: TdxModule, td: TdHandle, *, pages: Iterator[int], lp: int) 
 
 
 def add_page(module: TdxModule, td: TdHandle, *, pages: Iterator[int], gpa: int, source_pa: int) -> TdHandle:
-    """MEM.PAGE.ADD of the page at `source_pa`, MR.EXTEND of all of it. Returns the longer handle. Raises BootError.
-    """
+    """MEM.PAGE.ADD of the page at `source_pa`, MR.EXTEND of all of it. Returns the longer handle. Raises BootError."""
     page = next(pages)
     must(module, module.platform.lps[0], TdhLeaf.TDH_MEM_PAGE_ADD, rcx=gpa, rdx=td.tdr, r8=page, r9=source_pa)
     for offset in range(0, PAGE_SIZE, 256):

@@ -14,8 +14,7 @@ WB_BLOCKS = 4  # pieces of a package's caches; host interrupts are looked for be
 
 
 def phymem_cache_wb(m: ModuleContext, c: Call) -> int:
-    """TDH.PHYMEM.CACHE.WB: write back the caller's package for all FLUSHED key ids; may be interrupted and resumed.
-    """
+    """TDH.PHYMEM.CACHE.WB: write back the caller's package for all FLUSHED key ids; may be interrupted and resumed."""
     resume = c.regs.rcx
     if resume > 1:
         raise operand_invalid(OperandId.RCX)

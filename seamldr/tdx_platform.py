@@ -15,8 +15,7 @@ _HANDOFF_FIELDS_OFFSET = 2152
 
 
 class HandoffParams(msgspec.Struct, frozen=True):
-    """The handoff fields that P-SEAMLDR took from the signature structure and left in SYS_INFO_TABLE for the module.
-    """
+    """The handoff fields that P-SEAMLDR took from the signature structure and left in SYS_INFO_TABLE for the module."""
 
     module_hv: int
     min_update_hv: int

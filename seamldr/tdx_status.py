@@ -126,8 +126,7 @@ _BY_VALUE = {int(status): status for status in TdxStatus}
 
 
 def is_error(rax: int) -> bool:
-    """True if bit 63 says that the operation did not do its job; warnings and informational statuses have it clear.
-    """
+    """True if bit 63 says that the operation did not do its job; warnings and informational statuses have it clear."""
     return bool(rax >> 63)
 
 

@@ -23,8 +23,7 @@ PAMT_PAGE_SIZES = (1 << 30, 1 << 21, 1 << 12)
 
 
 class TdmrInfo(msgspec.Struct, frozen=True):
-    """`struct tdmr_info`: a region, its three PAMT areas (1 GiB, 2 MiB, 4 KiB pages) and the holes in it, in bytes.
-    """
+    """`struct tdmr_info`: a region, its three PAMT areas (1 GiB, 2 MiB, 4 KiB pages) and the holes in it, in bytes."""
 
     base: int
     size: int

@@ -154,8 +154,7 @@ async def _ack_state(cpu: Cpu, update: int, state: ModuleUpdateState, ret: int) 
 
 
 async def tdx_module_shutdown(cpu: Cpu) -> int:
-    """Lead CPU: ask the running module for its handoff data in its own version, and forget that TDX is initialized.
-    """
+    """Lead CPU: ask the running module for its handoff data in its own version, and forget that TDX is initialized."""
     status, registers = await seamcall_ret(cpu, TdhLeaf.TDH_SYS_RD, TdxModuleArgs(rdx=FIELD_MODULE_HV))
     if status:
         return seamcall_errno(status)

@@ -33,8 +33,7 @@ class Signal(enum.StrEnum):
 
 
 class Delivery(msgspec.Struct, frozen=True):
-    """An event's fate; `outcome` is the VM exit of EXIT. `acknowledged`: the exit took an interrupt out of the APIC.
-    """
+    """An event's fate; `outcome` is the VM exit of EXIT. `acknowledged`: the exit took an interrupt out of the APIC."""
 
     signal: Signal
     outcome: Outcome | None = None

@@ -90,8 +90,7 @@ _SYSENTER_CS, _SYSENTER_ESP, _SYSENTER_EIP, _FS_BASE, _GS_BASE, _DEBUGCTL = map(
 
 
 class VmExit(msgspec.Struct, frozen=True):
-    """Exit information of the rarer kinds: error code and IDT vectoring of exceptions, operand decoding, addresses.
-    """
+    """Exit information of the rarer kinds: error code and IDT vectoring of exceptions, operand decoding, addresses."""
 
     error_code: int = 0
     idt_vectoring: int = 0

@@ -103,8 +103,7 @@ class VmxUnit(LogicalProcessor):
         return PAGE_FAULT if unmapped else Outcome(_SUCCEED, 0, self.cur)
 
     def vmclear(self, pa: int, unmapped: bool = False) -> Outcome:
-        """Write the VMCS at `pa` back, make its launch state clear; it is neither active nor current here any more.
-        """
+        """Write the VMCS at `pa` back, make its launch state clear; it is neither active nor current here any more."""
         if not self._plain and (refused := self._refuse(ExitReason.VMCLEAR, 4)):
             return refused
         if unmapped:
