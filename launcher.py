@@ -13,7 +13,7 @@ import trio
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bus.report import console_for, print_comparison, print_run, print_stories
+from bus.report import console_for, print_comparison, print_invariants, print_run, print_stories
 from kvm.compose import KnobError, parse_knobs
 from kvm.machine import Machine, MachineError
 from kvm.summary import BAD_INPUT, SAFE, UNFINISHED, Summary, exit_status, summarize_run
@@ -182,7 +182,13 @@ def analyze_command(arguments: argparse.Namespace) -> int:
     if not (run_dir / "records").is_dir():
         raise TopologyError(f"{run_dir} is not a run directory: it has no records/")
     summary = summarize_run(run_dir.resolve())
-    _show(arguments, summary, lambda console: print_run(console, summary))
+
+    def tell(console: Console) -> None:
+        if arguments.check:
+            print_invariants(console, summary)
+        print_run(console, summary)
+
+    _show(arguments, summary, tell)
     return exit_status(summary)
 
 
@@ -231,7 +237,7 @@ def _parser() -> Parser:
     analyze = commands.add_parser("analyze", help="judge the records of a run")
     analyze.set_defaults(command=analyze_command)
     analyze.add_argument("run", metavar="RUN", help="run directory")
-    analyze.add_argument("--check", action="store_true", help="check every invariant (what is done anyway)")
+    analyze.add_argument("--check", action="store_true", help="also list every invariant with its verdict")
     analyze.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     _module_arguments(commands.add_parser("module", help="make, inspect or verify a TDX module image"))
     return parser

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from time import monotonic_ns
 
 import msgspec
@@ -260,6 +260,10 @@ class Endpoint:
 
     # Membership and completion
 
+    def expect(self, nodes: Iterable[str]) -> None:
+        """These nodes are online in incarnation 1. Costs nothing until one of them speaks or is spoken to."""
+        self._peers.expect(nodes)
+
     def member(self, node: str, incarnation: int, state: str) -> list[str]:
         """Apply a membership record: `state` is online, offline or dead; `ValueError` on another word.
 
@@ -280,16 +284,18 @@ class Endpoint:
         """What became of a message sent from here; `KeyError` if there was none with this id."""
         return self._peers.completion(message_id)
 
-    async def flush(self) -> None:
+    async def flush(self, nodes: Collection[str] | None = None) -> None:
         """Until every message sent so far or meanwhile is acknowledged, or its target dead. May be cancelled.
 
+        With `nodes`, only messages to these count: of the others one may have left for good, without being dead.
         Meanwhile what arrives is acknowledged before it is handed over; otherwise two that flush would wait for each
         other for ever.
         """
         await trio.lowlevel.checkpoint()
-        while self._peers.unacknowledged:
+        peers = self._peers
+        while peers.unacknowledged if nodes is None else peers.pending(nodes):
             now = monotonic_ns()
-            self._peers.take_unseen(now)
+            peers.take_unseen(now)
             self._post(now)
             with trio.CancelScope() as scope:  # cancelled when a death completes messages
                 self._flushing.add(scope)

@@ -124,6 +124,7 @@ EVENTS: dict[str, Event] = {
     "irq_enter": Event("An interrupt handler starts.", {"vector": "taken"}),
     "irq_exit": Event("An interrupt handler ends.", {"vector": "taken"}),
     "nmi_enter": Event("The NMI handler starts.", {"cur": "current-VMCS pointer"}),
+    "nmi_pend": Event("A performance counter overflowed: an NMI is pending.", {"point": "of `nmi_inject`"}),
     "nmi_exit": Event("The NMI handler ends.", {}),
     "ipi_send": Event("An interrupt message leaves.", {"target": "CPU", "vector": "0 to 255", "nmi": "0 or 1", "id": "message"}),
     "ipi_deliver": Event(

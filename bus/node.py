@@ -13,7 +13,7 @@ from bus.clock import LamportClock
 from bus.endpoint import Endpoint, open_endpoint
 from bus.link import Identity
 from bus.memory import PhysicalMemory
-from bus.messages import Hello
+from bus.messages import Hello, Stopped
 from bus.records import Recorder, open_records
 from bus.spec import LAUNCHER, MachineSpec
 
@@ -38,6 +38,14 @@ class Node:
         """Tell the launcher that this process is online."""
         self.endpoint.send(LAUNCHER, Hello(pid))
 
+    async def say_goodbye(self, totals: dict[str, int]) -> None:
+        """Tell the launcher that this process has come to its end in good order, and wait until it has heard.
+
+        What went to others is not waited for: they leave at the same time.
+        """
+        self.endpoint.send(LAUNCHER, Stopped(totals))
+        await self.endpoint.flush([LAUNCHER])
+
 
 @contextlib.asynccontextmanager
 async def join(spec: MachineSpec, node: str, incarnation: int) -> AsyncIterator[Node]:
@@ -51,9 +59,7 @@ async def join(spec: MachineSpec, node: str, incarnation: int) -> AsyncIterator[
 
     connections = len(spec.nodes()) + 1 if node == LAUNCHER else 64
     async with open_endpoint(identity, spec.socket_dir, spec.key, clock, on_refused, connections) as endpoint:
-        for other in [LAUNCHER, *spec.nodes()]:
-            if other != node:
-                endpoint.member(other, 1, "online")
+        endpoint.expect([LAUNCHER, *spec.nodes()])
         try:
             yield Node(spec, identity, clock, recorder, endpoint)
         finally:

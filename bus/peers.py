@@ -7,6 +7,7 @@ link. Pure like `bus.link`: frames come in as bytes, frames to transmit collect 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection, Iterable
 
 from bus.link import NEVER, Completion, Delivery, Identity, Link, Outbox, Refusal
 from bus.messages import MAX_FRAME, Body, Envelope, decode
@@ -21,7 +22,7 @@ class Peers:
     """The links of `own`.
 
     A link exists from the first `member` record of its peer's incarnation, or from the first `send` to a node that no
-    record has named yet, which is taken for incarnation 1.
+    record has named yet, which is taken for incarnation 1. Nodes that are expected may speak first.
     """
 
     def __init__(self, own: Identity, key: bytes) -> None:
@@ -34,10 +35,15 @@ class Peers:
         self.delivered = 0
         self.due = NEVER
         self.deliverable: deque[tuple[Link, Envelope]] = deque()
+        self._expected: frozenset[str] = frozenset()
         self._current: dict[str, Link] = {}
         self._every: dict[str, Link] = {}
         self._active: list[Link] = []
         self._in_hand: list[Link] = []
+
+    def expect(self, nodes: Iterable[str]) -> None:
+        """These nodes are online in incarnation 1; their links are made when they are needed."""
+        self._expected = frozenset(nodes) - {self.own.node}
 
     def member(self, node: str, incarnation: int, state: str) -> list[str]:
         """Apply a membership record; returns the ids of the messages that now complete as dead.
@@ -95,6 +101,8 @@ class Peers:
         if envelope.target != self.own.node or envelope.target_incarnation != self.own.incarnation:
             return Refusal.MISADDRESSED
         link = self._current.get(envelope.source)
+        if link is None and envelope.source in self._expected:
+            link = self._create(Identity(envelope.source, 1))
         if link is None or envelope.source_incarnation > link.peer.incarnation:
             return Refusal.UNKNOWN_INCARNATION
         if envelope.source_incarnation < link.peer.incarnation:
@@ -179,6 +187,11 @@ class Peers:
     def unacknowledged(self) -> int:
         """Messages that are neither acknowledged nor dead."""
         return sum(link.sent - link.acknowledged for link in self._active if not link.ended)
+
+    def pending(self, nodes: Collection[str]) -> int:
+        """Messages to these nodes that are neither acknowledged nor dead."""
+        links = (link for link in self._active if link.peer.node in nodes and not link.ended)
+        return sum(link.sent - link.acknowledged for link in links)
 
     def oldest(self, now: int) -> int:
         """Nanoseconds that the oldest message on the wire has waited for its acknowledgement; 0 if none waits."""

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bus.invariants import INVARIANTS
+
 Summary = dict[str, Any]
 
 PLAIN_WIDTH = 120
@@ -68,8 +70,8 @@ def _rows(summary: Summary) -> Iterable[tuple[str, Text | str]]:
         yield "because", sentence
     yield "strategy", str(summary["strategy"])
     yield "machine", (
-        f"{summary['cpus']} CPUs in {len(processes['cpus'])} processes, {summary['vcpus']} vCPUs, {summary['tds']} TDs; "
-        f"online in {seconds['online']:.2f} s, ran {seconds['run']:.2f} s"
+        f"{summary['cpus']} CPUs in {len(processes['cpus'])} processes, {summary['vcpus']} vCPUs, "
+        f"{summary['tds']} TDs; online in {seconds['online']:.2f} s, ran {seconds['run']:.2f} s"
     )
     yield "updates", updates_text(summary)
     yield "P-SEAMLDR", (
@@ -83,8 +85,8 @@ def _rows(summary: Summary) -> Iterable[tuple[str, Text | str]]:
     yield "guests", f"{guests['exits']:,} exits, {guests['wrong_data']} times wrong data"
     yield "IPIs", f"{ipis['sent']} sent, {ipis['delivered']} delivered to CPUs"
     yield "lock", (
-        f"{lock['acquisitions']} acquisitions, at most {lock['max_holders']} holder; waited {waits['p50']:.0f} us (p50), "
-        f"{waits['p99']:.0f} us (p99)"
+        f"{lock['acquisitions']} acquisitions, at most {lock['max_holders']} holder; waited {waits['p50']:.0f} us "
+        f"(p50), {waits['p99']:.0f} us (p99)"
     )
     for line, count in list(summary["kernel_log"].items())[:5]:
         yield "kernel log", line + (f" ({count} times)" if count > 1 else "")
@@ -109,6 +111,20 @@ def print_stories(console: Console, summary: Summary) -> None:
     if follow:
         words = ", ".join(f"{v['invariant']} {v['slug']} ({v['count']})" for v in follow)
         console.print(Text(f"\nand what follows from it: {words}", style="dim"))
+
+
+def print_invariants(console: Console, summary: Summary) -> None:
+    """Every invariant that was checked: held, or how often it broke."""
+    broken = {violation["invariant"]: violation["count"] for violation in summary["violations"]}
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column("invariant", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("says")
+    for id, invariant in INVARIANTS.items():
+        count = broken.get(id, 0)
+        verdict = Text(f"broken {count} times", style="red") if count else Text("held", style="green")
+        table.add_row(f"{id} {invariant.slug}", verdict, Text(invariant.sentence))
+    console.print(table)
 
 
 class Column(NamedTuple):

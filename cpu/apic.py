@@ -15,6 +15,7 @@ class Vector(enum.IntEnum):
 
     NMI = 0x02
     POSTED_INTR = 0xF2
+    IRQ_WORK = 0xF6
     REBOOT = 0xF8
     CALL_FUNCTION_SINGLE = 0xFB
     CALL_FUNCTION = 0xFC

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import enum
 import types
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 from typing import Any, Protocol
 
@@ -93,6 +93,16 @@ class Emit(Protocol):
 
     def __call__(self, event: str, /, **fields: object) -> int: ...
 
+
+NMI_PERIODS = {
+    "in-guest": 53,
+    "before-vmptrst": 7,
+    "after-vmptrst": 11,
+    "in-seam": 3,
+    "after-seamret": 5,
+    "after-repair": 13,
+}
+"""Where the knob `nmi_inject` can have an NMI arrive, and of how many passages `sampled` takes one."""
 
 CpuFunction = Callable[..., Coroutine[Any, Any, Any]]
 
@@ -177,6 +187,12 @@ class CpuCore:
         self.grants: dict[int, tuple[int, int]] = {}
         self.next_request = 0
         self.warned: set[str] = set()
+        self.irq_work: deque[CpuFunction] = deque()
+        self.nmi_work: deque[CpuFunction] = deque()
+        self.pmi_pending = False
+        self.resched_point = False
+        self._nmi_inject = str(kernel.knobs.get("nmi_inject", "off"))
+        self._samples: Counter[str] = Counter()
         self.thread: Any = None
 
     @property
@@ -204,6 +220,20 @@ class CpuCore:
         self.budget -= 1
         if self.budget <= 0:
             await self.boundary()
+
+    def nmi_due(self, point: str) -> bool:
+        """Pend a performance-counter NMI if the knob `nmi_inject` names this point, or by the count of `sampled`."""
+        if self._nmi_inject == "off" or not (self._nmi_inject == point or self._sampled(point)):
+            return False
+        self.pmi_pending = True
+        self.emit("nmi_pend", point=point)
+        self.apic.accept_nmi()
+        return True
+
+    def _sampled(self, point: str) -> bool:
+        """The deterministic sample: each point every `NMI_PERIODS` times that it is passed."""
+        self._samples[point] += 1
+        return self._nmi_inject == "sampled" and self._samples[point] % NMI_PERIODS[point] == 0
 
     def lock_granted(self, request: int, epoch: int, number: int) -> None:
         """The shell has a grant for this CPU."""

@@ -67,8 +67,8 @@ class Cpu(VmxOperations, CpuCore):
         if self.budget <= 0:
             await self.boundary()
 
-    def _store(self, word: int, value: int) -> None:
-        if self.memory.store(word, value, self.clock.tick()):
+    def _store(self, word: int, value: int, time: int | None = None) -> None:
+        if self.memory.store(word, value, self.clock.tick() if time is None else time):
             self.ring_watchers(word)
 
     async def this_cpu_read(self, variable: PerCpuVariable) -> int | None:
@@ -82,12 +82,12 @@ class Cpu(VmxOperations, CpuCore):
         """this_cpu_write of a per-CPU pointer; None is NULL."""
         word, new = variable.word(self.percpu), NONE if value is None else value
         old, _ = self.memory.load(word)
-        self.memory.store(word, new, self.emit(variable.event, old=old, new=new))
+        self._store(word, new, self.emit(variable.event, old=old, new=new))
         await self.give_way()
 
     async def store_recorded(self, word: int, value: int, event: str, **fields: object) -> None:
         """WRITE_ONCE of a word whose history the invariants need: `event` with `fields` and `new` is its record."""
-        self.memory.store(word, value, self.emit(event, **fields, new=value))
+        self._store(word, value, self.emit(event, **fields, new=value))
         await self.give_way()
 
     async def atomic_add(self, word: int, delta: int) -> int:
@@ -175,6 +175,20 @@ class Cpu(VmxOperations, CpuCore):
             self.budget = 0
         await self.give_way()
 
+    async def cond_resched(self) -> None:
+        """A place where the thread may be preempted whatever the preemption model: `__schedule` if need be."""
+        if self.need_resched and not self.preempt_count and self.irqs_on:
+            self.resched_point = True
+            await self.boundary()
+            self.resched_point = False
+        else:
+            await self.give_way()
+
+    async def might_resched(self) -> None:
+        """`might_sleep()`: a preemption point of the voluntary model alone."""
+        if self.kernel.knobs.get("preemption") == "voluntary":
+            await self.cond_resched()
+
     # Waiting
 
     async def cpu_relax(self) -> None:
@@ -191,6 +205,7 @@ class Cpu(VmxOperations, CpuCore):
 
     async def resume_user_mode(self) -> bool:
         """The head of a thread's loop: True to go on, False if the thread is to leave this CPU."""
+        await self.cond_resched()
         return bool(await trap(Trap.USER))
 
     # Other CPUs
@@ -234,11 +249,15 @@ class Cpu(VmxOperations, CpuCore):
         if fault is not None:
             await self.boundary()
             return fault
+        if rax >> 63 and self.nmi_due("after-vmptrst"):
+            await self.boundary()
         recorded = self.trace or not guest
         if recorded:
             epoch, number = self.tokens.get("seamldr_lock", (0, 0))
             cur = self.vmx.cur
             self.emit("seamcall_enter", leaf=rax, name=name, attempt=attempt, cur=cur, epoch=epoch, number=number)
+        if rax >> 63:
+            self.nmi_due("in-seam")
         reply: SeamReply = await trap(SeamTrap(rax, registers, guest))
         lost = NONE
         if reply.entered and rax >> 63:
@@ -248,6 +267,8 @@ class Cpu(VmxOperations, CpuCore):
             entered, cur = int(reply.entered), self.vmx.cur
             self.emit("seamcall_return", leaf=rax, name=name, entered=entered, status=reply.rax, cur=cur, lost=lost)
         await self.boundary()
+        if rax >> 63 and self.nmi_due("after-seamret"):
+            await self.boundary()
         return reply
 
     # Messages of the kernel

@@ -27,6 +27,11 @@ class Priority(enum.IntEnum):
     VCPU = 2
 
 
+FULL = ("full", "rt")
+"""Preemption models in which kernel code is preempted between any two operations. `rt` differs in what a plain spinlock
+is; in `lazy` only the stopper preempts at once; in `none` and `voluntary` a thread gives way where it says so."""
+
+
 class Notifier(Protocol):
     """`struct preempt_notifier`: told when its thread loses and gets back the CPU."""
 
@@ -88,6 +93,7 @@ class StepLoop:
 
     def __init__(self, cpu: Cpu, thread_ended: Callable[[Thread], None]) -> None:
         self.cpu = cpu
+        self.model = str(cpu.kernel.knobs.get("preemption", "full"))
         self.thread_ended = thread_ended
         self.runnable: dict[Priority, deque[Thread]] = {priority: deque() for priority in Priority}
         self.sleepers: list[Thread] = []
@@ -172,7 +178,10 @@ class StepLoop:
         return bool(cpu.apic.irr) or (cpu.need_resched and self._preemptible())
 
     def _preemptible(self) -> bool:
-        return len(self.stack) == 1 and self.cpu.preempt_count == 0
+        cpu = self.cpu
+        if len(self.stack) != 1 or cpu.preempt_count:
+            return False
+        return cpu.resched_point or self.model in FULL or (self.model == "lazy" and bool(self.runnable[Priority.STOPPER]))
 
     def _take_events(self) -> None:
         cpu, apic = self.cpu, self.cpu.apic
@@ -226,6 +235,7 @@ class StepLoop:
         self.stack.clear()
         self.cpu.contexts[:] = ["idle"]
         self.current = self.cpu.thread = None
+        self.cpu.resched_point = False
 
     def _switch_in(self, thread: Thread) -> None:
         cpu = self.cpu

@@ -129,6 +129,7 @@ class VmxOperations(CpuCore):
         if not outcome.ok or outcome.status is Status.VM_EXIT:
             await self.boundary()
             return outcome, GuestExit()
+        self.nmi_due("in-guest")
         ended: GuestExit = await trap(GuestRun())
         self.kernel.guest(unit, ended)
         self.count.exits += 1

@@ -24,7 +24,6 @@ from bus.messages import (
     Seamret,
     Start,
     Stop,
-    Stopped,
     Waits,
 )
 from bus.node import Node, join, shared_memory, until_terminated
@@ -274,5 +273,4 @@ async def _main(spec: MachineSpec, name: str, incarnation: int, number: int, per
         node.say_hello(os.getpid())
         await process.run()
         process.counters()
-        node.endpoint.send(LAUNCHER, Stopped(msgspec.structs.asdict(cpu.count)))
-        await node.endpoint.flush()
+        await node.say_goodbye(msgspec.structs.asdict(cpu.count))

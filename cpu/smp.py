@@ -104,10 +104,3 @@ async def handle_nmi(cpu: Cpu) -> None:
     await cpu.kernel.nmi(cpu)
     cpu.contexts.pop()
     cpu.apic.in_nmi = False
-
-
-async def default_do_nmi(cpu: Cpu) -> None:
-    """The NMI handler: counts itself; no NMI-time user of the VMCS is registered."""
-    cpu.emit("nmi_enter", cur=cpu.vmx.cur)
-    await cpu.give_way()
-    cpu.emit("nmi_exit")

@@ -16,7 +16,8 @@ _EMPTY = bytes(WATCH_SLOTS * 8)
 def arm(memory: PhysicalMemory, cpu: int, loads: list[tuple[int, int]]) -> bool:
     """Watch the words in `loads` (word, value); True if all still hold these values, so that the CPU may sleep."""
     base = watch_slots(cpu)
-    for slot, (word, _) in enumerate(loads[-WATCH_SLOTS:]):
+    newest_first = dict.fromkeys(word for word, _ in reversed(loads))
+    for slot, word in enumerate(list(newest_first)[:WATCH_SLOTS]):
         memory.write64(base + 8 * slot, word)
         memory.arm(word)
     return all(memory.load(word)[0] == value for word, value in loads)

@@ -7,11 +7,13 @@ from typing import Any
 import msgspec
 
 from cpu.apic import Vector
-from cpu.core import Kernel
-from cpu.smp import default_do_nmi, generic_smp_call_function_single_interrupt, sysvec_reschedule_ipi
+from cpu.core import NMI_PERIODS, Kernel
+from cpu.irq_work import sysvec_irq_work
+from cpu.smp import generic_smp_call_function_single_interrupt, sysvec_reschedule_ipi
 from cpu.vmx import VmxConfig
 from kvm.guest import run_guest
 from kvm.loaded_vmcs import clear_on_this_cpu, loaded_vmcs_clear_current, vmclear_local_loaded_vmcss
+from kvm.perf import default_do_nmi
 from kvm.tdx import tdx_flush_vp
 from seamldr.strategies import find_strategy
 from seamldr.update import do_seamldr_install_module
@@ -23,7 +25,10 @@ class Knobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the architecture leaves open, or the kernel could do otherwise; each a `--knob NAME=VALUE`.
 
     `seamret_launch` and `seamret_scope`: what SEAMRET from P-SEAMLDR does to VMCSs on a CPU whose IA32_VMX_BASIC has
-    bit 60 (`vmx_basic_bit60`) clear. `enforce_gate`: the kernel refuses updates on such a CPU; "auto" is on for the
+    bit 60 (`vmx_basic_bit60`) clear. `nmi_inject`: a performance-counter NMI arrives at this point of every P-SEAMLDR
+    call (or guest run), or by a fixed count at each of them. `call_context`: who calls P-SEAMLDR to read the version: a
+    thread, the handler of an interrupt that lands on top of whatever runs, or the NMI handler. `preemption`: the model
+    that the kernel is built with. `enforce_gate`: the kernel refuses updates on such a CPU; "auto" is on for the
     strategy `refuse-on-erratum` alone. `avoid_compat_sensitive`: TDH.SYS.SHUTDOWN is asked to refuse while a TD is
     being built. `seamdb_size`: modules that may be installed. `fms`: CPUID.1.EAX. `seamldr_profile`,
     `module_profile`: which firmware.
@@ -32,6 +37,9 @@ class Knobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seamret_launch: str = "preserve"
     seamret_scope: str = "current_only"
     vmx_basic_bit60: int = 0
+    nmi_inject: str = "off"
+    call_context: str = "task"
+    preemption: str = "full"
     enforce_gate: str = "auto"
     avoid_compat_sensitive: str = "off"
     seamdb_size: int = 65536
@@ -44,6 +52,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "seamret_launch": ("preserve", "clear"),
     "seamret_scope": ("current_only", "all_active_on_lp"),
     "vmx_basic_bit60": ("0", "1"),
+    "nmi_inject": ("off", "sampled", *NMI_PERIODS),
+    "call_context": ("task", "irq", "nmi"),
+    "preemption": ("none", "voluntary", "full", "lazy", "rt"),
     "enforce_gate": ("auto", "on", "off"),
     "avoid_compat_sensitive": ("off", "always"),
     "seamldr_profile": ("P15", "P20"),
@@ -92,6 +103,7 @@ def kernel(strategy: str, knobs: Knobs, num_cpus: int) -> Kernel:
     return Kernel(
         interrupts={
             Vector.CALL_FUNCTION_SINGLE: generic_smp_call_function_single_interrupt,
+            Vector.IRQ_WORK: sysvec_irq_work,
             Vector.RESCHEDULE: sysvec_reschedule_ipi,
         },
         nmi=default_do_nmi,

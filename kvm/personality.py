@@ -16,6 +16,7 @@ from bus.messages import (
 )
 from bus.spec import KVM, MachineSpec
 from cpu.cpu import Cpu
+from cpu.irq_work import irq_work_queue, nmi_work_queue
 from cpu.layout import Task, task_address, task_vmcs
 from cpu.loop import Priority, Thread
 from cpu.process import CpuProcess, Personality
@@ -57,7 +58,7 @@ def spawn(process: CpuProcess, body: Body) -> Thread | None:
         case Preempt():
             return Thread("housekeeping", Priority.KERNEL, _housekeeping(cpu))
         case ReadVersion() as read:
-            return Thread("reader", Priority.KERNEL, _read_version(process, read))
+            return _reader(process, read)
         case InstallModule() as install:
             return Thread("kworker", Priority.KERNEL, _install(process, install))
         case _:
@@ -95,6 +96,17 @@ def ended(process: CpuProcess, thread: Thread) -> None:
         process.endpoint.send(KVM, TaskMoved(task, to, True))
     else:
         process.endpoint.send(KVM, TaskEnded(task, str(thread.result)))
+
+
+def _reader(process: CpuProcess, read: ReadVersion) -> Thread | None:
+    """Whoever reads the version: a thread, an interrupt handler, or the NMI handler (`call_context`)."""
+    cpu = process.cpu
+    context = cpu.kernel.knobs["call_context"]
+    if context == "task":
+        return Thread("reader", Priority.KERNEL, _read_version(process, read))
+    queue = irq_work_queue if context == "irq" else nmi_work_queue
+    queue(cpu, lambda _: _read_version(process, read))
+    return None
 
 
 async def _housekeeping(cpu: Cpu) -> None:

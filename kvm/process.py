@@ -29,7 +29,6 @@ from bus.messages import (
     RunTask,
     Start,
     Stop,
-    Stopped,
     StopTask,
     TaskEnded,
     TaskMoved,
@@ -253,5 +252,4 @@ async def _main(spec: MachineSpec, name: str, incarnation: int) -> None:
         nursery.start_soon(process.run)
         await process.receive()
         nursery.cancel_scope.cancel()
-        node.endpoint.send(LAUNCHER, Stopped(dict(process.facts)))
-        await node.endpoint.flush()
+        await node.say_goodbye(dict(process.facts))

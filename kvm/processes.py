@@ -3,44 +3,76 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import trio
 
 from bus.spec import MachineSpec
-from cpu.forkserver import MAX_REQUEST, Exited, Spawn, Spawned, answers
+from cpu.forkserver import MAX_REQUEST, Answer, Begin, Spawn, answers
 
 PARENT = "import sys; sys.path.insert(0, sys.argv[1]); from kvm.parent import main; main(int(sys.argv[2]), sys.argv[3])"
 PARENT_END_S = 5.0
+FILES_PER_PROCESS = 3
+"""Descriptors in the launcher for each process: a pidfd, a socket and that socket's mailbox."""
+FILES_SPARE = 100
 
 
 class Process:
-    """One process of the machine, as the launcher knows it."""
+    """One process of the machine, as the launcher knows it. It has a pid and a pidfd once it is `born`."""
 
-    def __init__(self, node: str, incarnation: int, pid: int, pidfd: int) -> None:
+    def __init__(self, node: str, incarnation: int) -> None:
         self.node = node
         self.incarnation = incarnation
-        self.pid = pid
-        self.pidfd = pidfd
-        self.online = trio.Event()
-        self.stopped = trio.Event()
+        self.pid = 0
+        self.pidfd = -1
+        self.born = trio.Event()
+        self.hello = False
+        self.stopped = False
+        self.exited = trio.Event()
+        """Its parent has reaped it: `status` is known."""
         self.gone = trio.Event()
-        self.status: int | None = None
+        self.status = 0
         self.wanted = False
+
+    def bear(self, pid: int, pidfd: int) -> None:
+        """The parent has made it."""
+        self.pid, self.pidfd = pid, pidfd
+        self.born.set()
+
+    def exit(self, status: int) -> None:
+        """The parent says how it ended, or is gone itself."""
+        if not self.exited.is_set():
+            self.status = status
+            self.exited.set()
+
+    @property
+    def online(self) -> bool:
+        """It was made, said hello and has not ended."""
+        return self.born.is_set() and self.hello and not self.gone.is_set()
 
     def signal(self, number: int) -> None:
         """Send a signal to this very process, never to another that got its pid."""
-        if not self.gone.is_set():
-            signal.pidfd_send_signal(self.pidfd, number)
+        if self.pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, number)
+
+    def forget(self) -> None:
+        """Close the pidfd."""
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
 
     def __repr__(self) -> str:
-        state = "gone" if self.gone.is_set() else "online" if self.online.is_set() else "starting"
+        state = "gone" if self.gone.is_set() else "online" if self.online else "starting"
         return f"<Process {self.node}.{self.incarnation} pid {self.pid} {state}>"
 
 
@@ -65,40 +97,55 @@ class Parent:
         theirs.close()
         self._sock = trio.socket.from_stdlib_socket(ours)
         self.pid = self._popen.pid
-        self.exits: dict[int, int] = {}
 
-    async def spawn(self, spec: MachineSpec, role: str, node: str, incarnation: int) -> None:
-        """Ask for a process; `receive` brings it."""
-        await self._sock.send(msgspec.json.encode(Spawn(role, node, incarnation, spec)))
+    @property
+    def alive(self) -> bool:
+        """Whether the parent still runs. When a process has died of its parent's death, this is already False."""
+        return self._popen.poll() is None
 
-    async def receive(self) -> Process | Exited | None:
-        """The next process that was made or has ended; None if the parent itself is gone."""
+    async def begin(self, spec: MachineSpec) -> None:
+        """Describe the machine; before the first `spawn`. Raises OSError if the parent is gone, as `spawn` does."""
+        await self._sock.send(msgspec.json.encode(Begin(spec)))
+
+    async def spawn(self, role: str, node: str, incarnation: int) -> None:
+        """Ask for a process; `receive` brings the answer."""
+        await self._sock.send(msgspec.json.encode(Spawn(role, node, incarnation)))
+
+    async def receive(self) -> tuple[Answer, int] | None:
+        """What the parent says next, with the pidfd if it made a process (-1 if there is none); None if it is gone."""
         try:
             data, rights, _, _ = await self._sock.recvmsg(MAX_REQUEST, socket.CMSG_SPACE(4))
         except OSError:
             return None
         if not data:
             return None
-        answer = answers.decode(data)
-        if isinstance(answer, Spawned):
-            fds = array.array("i")
-            fds.frombytes(rights[0][2])
-            return Process(answer.node, answer.incarnation, answer.pid, fds[0])
-        return answer
+        fds = array.array("i")
+        for _, _, received in rights:
+            fds.frombytes(received)
+        return answers.decode(data), fds[0] if fds else -1
 
     async def close(self) -> None:
         """Hang up: the parent kills what is left, cleans up and leaves; wait for that."""
         self._sock.close()
         with trio.CancelScope(shield=True), trio.move_on_after(PARENT_END_S):
-            while self._popen.poll() is None:
+            while self.alive:
                 await trio.sleep(0.005)
-        if self._popen.poll() is None:
+        if self.alive:
             self._popen.kill()
             self._popen.wait()
 
 
-def close_pidfd(process: Process) -> None:
-    """Forget a process that is gone."""
-    if process.pidfd >= 0:
-        os.close(process.pidfd)
-        process.pidfd = -1
+@contextlib.contextmanager
+def enough_files(processes: int) -> Iterator[bool]:
+    """Raise the soft limit of open files for a machine of that many processes; False if the hard limit forbids it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES_PER_PROCESS * processes + FILES_SPARE
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        yield False
+        return
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    try:
+        yield True
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

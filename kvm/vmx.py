@@ -32,6 +32,9 @@ VM_ENTRY_FAILED = 1 << 31
 HOST_STACK = 0xFFFF_C900_0000_0000
 
 
+KVM_HANDLING_NONE, KVM_HANDLING_IRQ, KVM_HANDLING_NMI = 0, 1, 2
+
+
 class VmxVcpu:
     """One vCPU while it is on a CPU: its preempt notifier, and what lives in the thread's own stack."""
 
@@ -40,6 +43,7 @@ class VmxVcpu:
         self.state = state
         self.entries = 0
         self.fail_reason: int | None = None
+        self.handling_intr_from_guest = KVM_HANDLING_NONE
 
     # Load and put
 
@@ -114,9 +118,11 @@ class VmxVcpu:
 
     async def vcpu_enter_guest(self, cpu: Cpu) -> bool:
         """One entry and the handling of its exit."""
+        await cpu.cond_resched()
         await cpu.preempt_disable()
         await cpu.local_irq_disable()
         reason = await self._vmx_vcpu_run(cpu)
+        await self._short_irq_window(cpu)
         await cpu.local_irq_enable()
         await cpu.preempt_enable()
         if reason is None:
@@ -147,10 +153,21 @@ class VmxVcpu:
             await cpu.store_recorded(v.launched, 1, "launched_store", vmcs=want)
         await vmcs_read(cpu, Field.IDT_VECTORING_INFO)
         if ended.nmi:
+            self.handling_intr_from_guest = KVM_HANDLING_NMI
             await handle_nmi(cpu)
         elif ended.vector:
-            await handle_irq(cpu, (await vmcs_read(cpu, Field.EXIT_INTR_INFO)) & 0xFF or ended.vector)
+            vector = (await vmcs_read(cpu, Field.EXIT_INTR_INFO)) & 0xFF or ended.vector
+            self.handling_intr_from_guest = KVM_HANDLING_IRQ
+            await handle_irq(cpu, vector)
+        self.handling_intr_from_guest = KVM_HANDLING_NONE
         return reason
+
+    async def _short_irq_window(self, cpu: Cpu) -> None:
+        """vcpu_enter_guest: interrupts that are pending now are accounted to the guest."""
+        self.handling_intr_from_guest = KVM_HANDLING_IRQ
+        await cpu.local_irq_enable()
+        await cpu.local_irq_disable()
+        self.handling_intr_from_guest = KVM_HANDLING_NONE
 
     async def _write_if_changed(self, cpu: Cpu, cache: int, field: Field, value: int) -> None:
         """A write-through cache of a host field: VMWRITE is skipped when KVM believes that nothing changed."""
@@ -172,6 +189,7 @@ class VmxVcpu:
     async def _handle_exit(self, cpu: Cpu, reason: int) -> None:
         """vmx_handle_exit, preemption on: check what the VMCS says against KVM's copies, emulate, move on."""
         state = self.state
+        await cpu.might_resched()
         if reason in (EXIT_REASON_EXCEPTION_NMI, EXIT_REASON_EXTERNAL_INTERRUPT):
             return
         rip, rsp = guest_step(await cpu.load(state.rip), await cpu.load(state.rsp))

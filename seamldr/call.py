@@ -30,6 +30,8 @@ async def seamldr_call(cpu: Cpu, fn: int, args: TdxModuleArgs) -> int:
     before = (cpu.irqs_on, cpu.preempt_count, dict(cpu.tokens))
     cpu.emit("strategy_begin", leaf=fn, name=leaf_name(fn), cur=cpu.vmx.cur)
     errno = -EIO
+    if cpu.nmi_due("before-vmptrst"):
+        await cpu.boundary()
     try:
         answer = await cpu.static_call("seamldr_strategy", fn, args)
     except Exception as error:  # noqa: BLE001 - a user's code; the record says what and where
@@ -42,6 +44,8 @@ async def seamldr_call(cpu: Cpu, fn: int, args: TdxModuleArgs) -> int:
     if (cpu.irqs_on, cpu.preempt_count, cpu.tokens) != before:
         _broken(cpu, "left interrupts, preemption or a lock other than it found them")
         await _restore(cpu, before)
+    if cpu.nmi_due("after-repair"):
+        await cpu.boundary()
     cpu.emit("strategy_end", leaf=fn, errno=errno, cur=cpu.vmx.cur)
     return errno
 

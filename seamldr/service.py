@@ -24,7 +24,6 @@ from bus.messages import (
     Seamret,
     Start,
     Stop,
-    Stopped,
     Waits,
 )
 from bus.node import Node, join, shared_memory, until_terminated
@@ -240,6 +239,5 @@ async def _main(spec: MachineSpec, name: str, incarnation: int) -> None:
             await node.endpoint.wait()
             for delivery in node.endpoint.drain_nowait():
                 service.handle(delivery)
-        node.endpoint.send(LAUNCHER, Stopped({}))
-        await node.endpoint.flush()
+        await node.say_goodbye({})
         nursery.cancel_scope.cancel()

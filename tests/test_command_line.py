@@ -12,6 +12,7 @@ import pytest
 
 import launcher
 from bus.events import EVENTS
+from bus.invariants import INVARIANTS
 from bus.merge import Notes, read_file
 from bus.records import complaint
 from kvm.summary import BAD_INPUT, SAFE, VIOLATED
@@ -72,6 +73,15 @@ def test_analyze_says_the_same_again(safe_run: tuple[Path, dict[str, Any]]) -> N
     done = seamlab("analyze", str(run_dir), "--check", "--json")
     assert done.returncode == SAFE
     assert json.loads(done.stdout) == summary
+
+
+def test_analyze_check_lists_every_invariant(safe_run: tuple[Path, dict[str, Any]]) -> None:
+    """`analyze --check` prints each invariant with its sentence and its verdict."""
+    done = seamlab("analyze", str(safe_run[0]), "--check")
+    assert done.returncode == SAFE
+    lines = done.stdout.splitlines()
+    for id, invariant in INVARIANTS.items():
+        assert any(f"{id} {invariant.slug} " in line and " held " in line for line in lines)
 
 
 def test_a_second_run_does_not_overwrite_the_first(safe_run: tuple[Path, dict[str, Any]]) -> None:
