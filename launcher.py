@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,15 +15,22 @@ import trio
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from bus.messages import Finish
 from bus.report import console_for, print_comparison, print_invariants, print_run, print_stories
+from bus.spec import KVM
 from kvm.compose import KnobError, parse_knobs
 from kvm.machine import Machine, MachineError
+from kvm.matrix import matrix_as_dict, matrix_knobs, measure, rows
+from kvm.matrix_report import print_matrix
+from kvm.scenes import SCENES
 from kvm.summary import BAD_INPUT, SAFE, UNFINISHED, Summary, exit_status, summarize_run
+from kvm.sysfs import SysfsError, sysfs_directory
 from kvm.topology import Topology, TopologyError, parse_topology, read_module
 from seamldr.commands import ModuleCommandError, inspect_module, make_module_file, verify_module
-from seamldr.strategies import DEFAULT, STRATEGIES, StrategyError
+from seamldr.strategies import DEFAULT, STRATEGIES, StrategyError, find_strategy
 
-BAD = (TopologyError, StrategyError, KnobError, ModuleCommandError)
+UNTIL_INTERRUPTED_S = 86400.0
+BAD = (TopologyError, StrategyError, KnobError, SysfsError, ModuleCommandError)
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,9 +103,39 @@ def _run(topology: Topology, title: str) -> Summary:
 
 
 async def _live(topology: Topology, on_progress: Callable[[dict[str, int]], None]) -> Path:
+    if topology.sysfs is not None:
+        return await _live_with_sysfs(topology, Path(topology.sysfs), on_progress)
     async with Machine(topology, on_progress) as machine:
         await machine.run_workload()
     return machine.run_dir
+
+
+async def _live_with_sysfs(topology: Topology, tree: Path, on_progress: Callable[[dict[str, int]], None]) -> Path:
+    """As `_live`; the first Ctrl-C ends the workload in order, and no file is left under `tree`."""
+    said = False
+
+    def tell_once(facts: dict[str, int]) -> None:
+        nonlocal said
+        on_progress(facts)
+        if facts.get("sysfs") and not said:
+            said = True
+            images = machine.run_dir / "modules"
+            print(f"seamlab: update the module through {tree}; images are in {images}", file=sys.stderr, flush=True)
+
+    machine = Machine(topology, tell_once)
+    with sysfs_directory(tree):
+        async with machine, trio.open_nursery() as nursery:
+            nursery.start_soon(_finish_on_interrupt, machine)
+            await machine.run_workload()
+            nursery.cancel_scope.cancel()
+    return machine.run_dir
+
+
+async def _finish_on_interrupt(machine: Machine) -> None:
+    with trio.open_signal_receiver(signal.SIGINT) as interrupts:
+        async for _ in interrupts:
+            break
+    machine.node.endpoint.send(KVM, Finish())
 
 
 def _note_reframing(topology: Topology) -> None:
@@ -110,21 +149,27 @@ def _note_reframing(topology: Topology) -> None:
 
 def _topology(arguments: argparse.Namespace, strategy: str, run_dir: str | None = None) -> Topology:
     cpus = parse_topology(arguments.topology) if arguments.topology else arguments.cpus
+    sysfs: str | None = getattr(arguments, "sysfs", None)
     topology = Topology(
         cpus=cpus,
         vcpus=2 * cpus if arguments.vcpus is None else arguments.vcpus,
         tds=arguments.tds,
-        updates=arguments.updates,
-        seconds=arguments.seconds,
+        updates=_default(arguments.updates, 0 if sysfs else arguments.usual_updates),
+        seconds=_default(arguments.seconds, UNTIL_INTERRUPTED_S if sysfs else arguments.usual_seconds),
         strategy=strategy,
         knobs=parse_knobs(arguments.knob),
         seed=arguments.seed,
         module=arguments.module,
         run_dir=run_dir or arguments.run_dir,
         trace=arguments.trace,
+        sysfs=sysfs,
     )
     topology.validate()
     return topology
+
+
+def _default(given: Any, usual: Any) -> Any:
+    return usual if given is None else given
 
 
 def _show(arguments: argparse.Namespace, summary: Any, tell: Callable[[Console], None]) -> None:
@@ -138,13 +183,32 @@ def _show(arguments: argparse.Namespace, summary: Any, tell: Callable[[Console],
 
 
 def compare_command(arguments: argparse.Namespace) -> int:
-    """The same workload under each strategy."""
+    """The same workload under each strategy, or the matrix of strategies and situations."""
+    if arguments.matrix:
+        return _matrix(arguments)
     names = arguments.strategies.split(",") if arguments.strategies else list(STRATEGIES)
     base = Path(arguments.run_dir) if arguments.run_dir else None
     topologies = {name: _topology(arguments, name, str(base / _file_name(name)) if base else None) for name in names}
     summaries = {name: _told(name, _run(topology, name)) for name, topology in topologies.items()}
     _show(arguments, {"schema": 1, "strategies": summaries}, lambda console: _print_comparison(console, summaries))
     return SAFE if all(summary["verdict"] != "incomplete" for summary in summaries.values()) else UNFINISHED
+
+
+def _matrix(arguments: argparse.Namespace) -> int:
+    names = arguments.strategies.split(",") if arguments.strategies else None
+    for name in names or []:
+        find_strategy(name)
+    chosen, knobs = rows(names), matrix_knobs(arguments.knob)
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("", total=len(chosen) * len(SCENES))
+
+        def on_cell(row: str, column: str) -> None:
+            progress.update(task, description=f"{row}: {column}", advance=1)
+
+        matrix = measure(chosen, arguments.seed, on_cell, knobs=knobs)
+    tell = functools.partial(print_matrix, matrix=matrix, seed=arguments.seed)
+    _show(arguments, matrix_as_dict(matrix, arguments.seed), tell)
+    return SAFE
 
 
 def _told(name: str, summary: Summary) -> Summary:
@@ -230,9 +294,18 @@ def _parser() -> Parser:
         help=f"how the kernel calls P-SEAMLDR: {', '.join(STRATEGIES)}, or a function of your own (default {DEFAULT})",
     )
     _machine_arguments(run, seconds=5.0, updates=2)
+    run.add_argument(
+        "--sysfs",
+        metavar="DIR",
+        help="files of the update's user interface under DIR, a new or empty one; unless told otherwise "
+        "such a run makes no updates of its own and lasts until Ctrl-C",
+    )
     compare = commands.add_parser("compare", help="the same workload under each strategy, in one table")
     compare.set_defaults(command=compare_command)
     compare.add_argument("--strategies", metavar="A,B,...", help="which ones (default: the whole catalogue)")
+    compare.add_argument(
+        "--matrix", action="store_true", help="strategies by situations, measured on machines stepped in process"
+    )
     _machine_arguments(compare, seconds=1.5, updates=2)
     analyze = commands.add_parser("analyze", help="judge the records of a run")
     analyze.set_defaults(command=analyze_command)
@@ -250,8 +323,9 @@ def _machine_arguments(parser: argparse.ArgumentParser, *, seconds: float, updat
     size.add_argument("--topology", metavar="2s8c2t", help="sockets, cores and threads, instead of --cpus")
     add("--vcpus", type=int, metavar="N", help="vCPUs of plain guests (default: two for each CPU)")
     add("--tds", type=int, default=0, metavar="N", help="TDs with one vCPU each (default 0)")
-    add("--updates", type=int, default=updates, metavar="N", help=f"module updates during the run (default {updates})")
-    add("--seconds", type=float, default=seconds, metavar="S", help=f"length of the workload (default {seconds:g})")
+    parser.set_defaults(usual_updates=updates, usual_seconds=seconds)
+    add("--updates", type=int, metavar="N", help=f"module updates during the run (default {updates})")
+    add("--seconds", type=float, metavar="S", help=f"length of the workload (default {seconds:g})")
     add("--module", metavar="FILE", help="image for the updates (default: made and signed on the spot)")
     add("--knob", action="append", default=[], metavar="NAME=VALUE", help="what the architecture leaves open; repeat")
     add("--seed", type=int, default=1, help="of the workload (default 1)")

@@ -13,6 +13,7 @@ it.
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from time import monotonic_ns
@@ -126,6 +127,7 @@ class Endpoint:
         self._watched = False
         self._looked = trio.lowlevel.ParkingLot()
         self._flushing: set[trio.CancelScope] = set()
+        self._life = trio.CancelScope(shield=True)  # cancelled when the block ends: until then peers are answered
         self._timer = trio.CancelScope()
         self._timer_at = NEVER
         self._connected = 0
@@ -162,6 +164,8 @@ class Endpoint:
         socket = self._outgoing.get(peer)
         if socket is None:
             socket = self._connect(peer)
+            if socket is None:
+                return
         else:
             self._outgoing.move_to_end(peer)
         try:  # contextlib.suppress costs as much as the call inside  # noqa: SIM105
@@ -169,11 +173,17 @@ class Endpoint:
         except zmq.Again:
             pass
 
-    def _connect(self, peer: str) -> zmq.Socket[bytes]:
+    def _connect(self, peer: str) -> zmq.Socket[bytes] | None:
+        """A socket for `peer`, instead of the one unused for longest if there are too many; None if none is free."""
         path = socket_path(self._directory, peer)
         while len(self._outgoing) >= self._limit:
             self._outgoing.popitem(last=False)[1].close(linger=_LINGER_MS)
-        socket: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
+        try:
+            socket: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
+        except zmq.ZMQError as error:
+            if error.errno == errno.EMFILE:  # closed sockets that linger count too
+                return None
+            raise
         socket.set(zmq.SNDHWM, 0)
         socket.set(zmq.RECONNECT_IVL, _RECONNECT_MS)
         socket.set(zmq.RECONNECT_IVL_MAX, _RECONNECT_AT_MOST_MS)
@@ -328,18 +338,21 @@ class Endpoint:
 
     async def _keep_time(self) -> None:
         """Acknowledge and resend in time. Sleeps for good while nothing is outstanding."""
-        peers = self._peers
-        while True:
-            due = self._timer_at = peers.due
-            deadline = trio.current_time() + (due - monotonic_ns()) / 1e9 if due < NEVER else float("inf")
-            with trio.CancelScope(deadline=deadline) as self._timer:
-                await trio.sleep_forever()
-            self._wakeups += 1
-            now = monotonic_ns()
-            if not self._watched and len(peers.deliverable) < BATCH and self._readable():
-                self._read(BATCH, now)  # acknowledgements may lie there unread
-            peers.tick(now)
-            self._post(now)
+        with self._life:
+            while True:
+                due = self._timer_at = self._peers.due
+                deadline = trio.current_time() + (due - monotonic_ns()) / 1e9 if due < NEVER else float("inf")
+                with trio.CancelScope(deadline=deadline) as self._timer:
+                    await trio.sleep_forever()
+                self._wakeups += 1
+                self._tick()
+
+    def _tick(self) -> None:
+        peers, now = self._peers, monotonic_ns()
+        if not self._watched and len(peers.deliverable) < BATCH and self._readable():
+            self._read(BATCH, now)  # acknowledgements may lie there unread
+        peers.tick(now)
+        self._post(now)
 
     def _settle(self) -> None:
         """The owner leaves in good order: it took all that it was handed."""
@@ -366,8 +379,8 @@ async def open_endpoint(
 
     `key` has 16 bytes and is the same in all processes of the run. `on_refused` gets the `Refusal` and the first
     bytes of each frame that was dropped. `connections` caps the outgoing sockets. Messages that are not acknowledged
-    when the block ends may be lost: `flush` first. The zmq context is made here, so open it after the process was
-    forked.
+    when the block ends may be lost: `flush` first. A block that is cancelled answers its peers until it ends. The zmq
+    context is made here, so open it after the process was forked.
 
     Raises `ValueError` if the socket path or the key has the wrong length, `OSError` if the inbox cannot be bound.
     """
@@ -375,9 +388,11 @@ async def open_endpoint(
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(endpoint._keep_time)
-            yield endpoint
-            endpoint._settle()
-            nursery.cancel_scope.cancel()
+            try:
+                yield endpoint
+                endpoint._settle()
+            finally:
+                endpoint._life.cancel()
     except BaseExceptionGroup as group:
         if len(group.exceptions) == 1:  # the owner's own exception, which the nursery wrapped
             raise group.exceptions[0] from None

@@ -55,7 +55,8 @@ EVENTS: dict[str, Event] = {
     ),
     "process_online": Event("A process said hello.", {"name": "its node", "incarnation": "from 1"}),
     "process_exit": Event(
-        "A process is gone.", {"name": "its node", "status": "exit status, negative for a signal", "wanted": "asked to go"}
+        "A process is gone.",
+        {"name": "its node", "status": "exit status, negative for a signal", "wanted": "asked to go"},
     ),
     "process_end_step": Event(
         "A step of ending a process was taken.", {"name": "its node", "step": "ask, SIGTERM or SIGKILL"}
@@ -126,19 +127,40 @@ EVENTS: dict[str, Event] = {
     "nmi_enter": Event("The NMI handler starts.", {"cur": "current-VMCS pointer"}),
     "nmi_pend": Event("A performance counter overflowed: an NMI is pending.", {"point": "of `nmi_inject`"}),
     "nmi_exit": Event("The NMI handler ends.", {}),
-    "ipi_send": Event("An interrupt message leaves.", {"target": "CPU", "vector": "0 to 255", "nmi": "0 or 1", "id": "message"}),
+    "ipi_send": Event(
+        "An interrupt message leaves.", {"target": "CPU", "vector": "0 to 255", "nmi": "0 or 1", "id": "message"}
+    ),
     "ipi_deliver": Event(
         "An interrupt message has set its pending bit.",
-        {"source": "node", "vector": "0 to 255", "nmi": "0 or 1", "id": "message", "coalesced": "the bit was set already"},
+        {
+            "source": "node",
+            "vector": "0 to 255",
+            "nmi": "0 or 1",
+            "id": "message",
+            "coalesced": "the bit was set already",
+        },
     ),
     "csd_lock": Event(
         "A cross-call is queued (smp_call_function_single).",
-        {"csd": "address", "call": "unique number", "target": "CPU", "func": "name", "info": "argument", "wait": "0 or 1"},
+        {
+            "csd": "address",
+            "call": "unique number",
+            "target": "CPU",
+            "func": "name",
+            "info": "argument",
+            "wait": "0 or 1",
+        },
     ),
-    "csd_run": Event("A cross-call's function has run here.", {"call": "unique number", "func": "name", "source": "CPU"}),
+    "csd_run": Event(
+        "A cross-call's function has run here.", {"call": "unique number", "func": "name", "source": "CPU"}
+    ),
     "csd_done": Event("The sender saw its cross-call complete.", {"call": "unique number"}),
-    "lock_request": Event("A lock is asked for.", {"lock": "name", "request": "number", "level": "0 task, 1 IRQ, 2 NMI"}),
-    "lock_hold": Event("The lock is held.", {"lock": "name", "request": "number", **_TOKEN, "waited_ns": "since the request"}),
+    "lock_request": Event(
+        "A lock is asked for.", {"lock": "name", "request": "number", "level": "0 task, 1 IRQ, 2 NMI"}
+    ),
+    "lock_hold": Event(
+        "The lock is held.", {"lock": "name", "request": "number", **_TOKEN, "waited_ns": "since the request"}
+    ),
     "lock_drop": Event("The lock is given back.", {"lock": "name", **_TOKEN}),
     "seamcall_enter": Event(
         "SEAMCALL is executed.", {"leaf": "RAX", "name": "of the leaf", "attempt": "from 1", **_CUR, **_TOKEN}
@@ -155,14 +177,21 @@ EVENTS: dict[str, Event] = {
         },
     ),
     "strategy_begin": Event("seamldr_call starts.", {"leaf": "RAX", "name": "of the leaf", **_CUR}),
-    "strategy_end": Event("seamldr_call has returned.", {"leaf": "RAX", "errno": "0 or negative", "cur": "pointer now"}),
+    "strategy_end": Event(
+        "seamldr_call has returned.", {"leaf": "RAX", "errno": "0 or negative", "cur": "pointer now"}
+    ),
     "strategy_error": Event(
         "seamldr_call broke its contract.", {"error": "what is wrong", "where": "FILE:LINE, or empty"}
     ),
     "admin_begin": Event("A request of user space starts.", {"request": "number", "kind": "read_version or install"}),
     "admin_end": Event(
         "A request of user space has ended.",
-        {"request": "number", "kind": "read_version or install", "errno": "0 or negative", "text": "what was read or said"},
+        {
+            "request": "number",
+            "kind": "read_version or install",
+            "errno": "0 or negative",
+            "text": "what was read or said",
+        },
     ),
     "update_begin": Event("Update control is reset.", {"update": "number", "online": "CPUs that take part"}),
     "state_enter": Event("A CPU starts the work of a stage.", {"update": "number", "state": "name"}),
@@ -173,7 +202,9 @@ EVENTS: dict[str, Event] = {
     "state_advance": Event("The stage advances.", {"update": "number", "state": "new stage"}),
     "update_end": Event("stop_machine has returned.", {"update": "number", "ret": "errno"}),
     "update_refused": Event("An update was refused before it began.", {"errno": "negative", "why": "a sentence"}),
-    "module_init_flag": Event("The kernel's view of the module changed.", {"initialized": "0 or 1", "version": "x.y.zz"}),
+    "module_init_flag": Event(
+        "The kernel's view of the module changed.", {"initialized": "0 or 1", "version": "x.y.zz"}
+    ),
     "td_enter": Event(
         "TDH.VP.ENTER has returned. Without --trace the first after each load, and those that fail.",
         {"vcpu": "task number", "td": "number", "status": "RAX", "counter": "the guest's counter"},
@@ -184,14 +215,28 @@ EVENTS: dict[str, Event] = {
     # The lock service and the SEAM side (written by the seamldr process)
     "lock_queue": Event(
         "A request reached the service.",
-        {"lock": "name", "by": "CPU", "request": "number", "level": "0, 1 or 2", "depth": "requests now queued or granted"},
+        {
+            "lock": "name",
+            "by": "CPU",
+            "request": "number",
+            "level": "0, 1 or 2",
+            "depth": "requests now queued or granted",
+        },
     ),
     "lock_grant": Event(
         "The service grants a lock.",
-        {"lock": "name", "to": "CPU", "request": "number", **_TOKEN, "waited_ns": "in the queue", "holders": "holders now"},
+        {
+            "lock": "name",
+            "to": "CPU",
+            "request": "number",
+            **_TOKEN,
+            "waited_ns": "in the queue",
+            "holders": "holders now",
+        },
     ),
     "lock_release": Event(
-        "The service got a lock back.", {"lock": "name", "by": "CPU", **_TOKEN, "stale": "the token was not the holder's"}
+        "The service got a lock back.",
+        {"lock": "name", "by": "CPU", **_TOKEN, "stale": "the token was not the holder's"},
     ),
     "lock_withdraw": Event(
         "A request or grant ended because its CPU is dead.", {"lock": "name", "by": "CPU", "request": "number"}
@@ -213,11 +258,15 @@ EVENTS: dict[str, Event] = {
     "seam_return": Event(
         "SEAM is left.", {"by": "CPU", "leaf": "RAX", "name": "of the leaf", "status": "RAX", "inside": "left inside"}
     ),
-    "seam_dead": Event("A CPU died inside SEAM, or its firmware hit a fatal error.", {"by": "CPU", "why": "a sentence"}),
+    "seam_dead": Event(
+        "A CPU died inside SEAM, or its firmware hit a fatal error.", {"by": "CPU", "why": "a sentence"}
+    ),
     # The KVM process
     "task_place": Event("A task is put on a CPU.", {"task": "number", "cpu": "number"}),
     "task_move": Event("A task is asked to move.", {"task": "number", "to": "CPU"}),
-    "request": Event("User space asks for something.", {"request": "number", "kind": "read_version or install", "cpu": "number"}),
+    "request": Event(
+        "User space asks for something.", {"request": "number", "kind": "read_version or install", "cpu": "number"}
+    ),
     # Any process
     "refused": Event("A frame on the bus was refused.", {"reason": "a word", "head": "first bytes, hex"}),
     "broken": Event("A process met a bug of its own.", {"error": "what it is"}),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bus.invariant import Invariant
 from bus.invariants_bus import BUS_INVARIANTS
+from bus.invariants_context import CONTEXT_INVARIANTS
 from bus.invariants_lock import LOCK_INVARIANTS
 from bus.invariants_update import UPDATE_INVARIANTS
 from bus.invariants_vmcs import VMCS_INVARIANTS
@@ -19,6 +20,8 @@ def number(invariant: type[Invariant]) -> int:
 
 INVARIANTS: dict[str, type[Invariant]] = {
     invariant.id: invariant
-    for invariant in sorted(VMCS_INVARIANTS + LOCK_INVARIANTS + UPDATE_INVARIANTS + BUS_INVARIANTS, key=number)
+    for invariant in sorted(
+        VMCS_INVARIANTS + CONTEXT_INVARIANTS + LOCK_INVARIANTS + UPDATE_INVARIANTS + BUS_INVARIANTS, key=number
+    )
 }
 """Every invariant by its id, in the order of their numbers."""

@@ -208,7 +208,7 @@ class Judge:
         if shadow.finished is None:
             yield "the records have no end"
         elif not shadow.finished:
-            yield "the machine did not come to its own end"
+            yield "the machine did not come to its own end" + (f": {shadow.why_ended}" if shadow.why_ended else "")
         if notes.incomplete or self._strange:
             yield "records are missing or unreadable"
         yield from statistics.broken

@@ -18,6 +18,7 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator
+from typing import Self
 
 PAGE_SIZE = 4096
 WORD_SIZE = 32
@@ -47,7 +48,7 @@ class PhysicalMemory:
         self._words = self._bytes.cast("Q")
 
     @classmethod
-    def private(cls, size: int) -> PhysicalMemory:
+    def private(cls, size: int) -> Self:
         """Memory of one process only, for machines that are stepped in one process and for tests."""
         return cls(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
@@ -77,7 +78,7 @@ class PhysicalMemory:
 
     def read(self, pa: int, length: int) -> bytes:
         """`length` bytes at `pa`; what lies outside RAM reads as FFH."""
-        if 0 <= pa and pa + length <= self.size:
+        if pa >= 0 and pa + length <= self.size:
             return bytes(self._bytes[pa : pa + length])
         if pa >= self.size or pa < 0:
             return b"\xff" * length
@@ -86,7 +87,7 @@ class PhysicalMemory:
 
     def write(self, pa: int, data: bytes) -> None:
         """Store `data` at `pa`; what lies outside RAM is dropped."""
-        if 0 <= pa and pa + len(data) <= self.size:
+        if pa >= 0 and pa + len(data) <= self.size:
             self._bytes[pa : pa + len(data)] = data
         elif 0 <= pa < self.size:
             self._bytes[pa : self.size] = data[: self.size - pa]

@@ -42,11 +42,11 @@ class Member(Message, frozen=True, tag="member"):
 
     node: Name
     incarnation: U32
-    state: Annotated[str, Meta(pattern="^(online|offline|dead)$")]
+    state: Annotated[str, Meta(pattern=r"^(online|offline|dead)\Z")]
 
 
 class Start(Message, frozen=True, tag="start"):
-    """The launcher to all: every process is online, the machine may run."""
+    """The launcher to the KVM process: every process is online, the machine may run."""
 
 
 class Stop(Message, frozen=True, tag="stop"):
@@ -226,6 +226,10 @@ class AdminDone(Message, frozen=True, tag="admin_done"):
     text: Text
 
 
+class Finish(Message, frozen=True, tag="finish"):
+    """The launcher to the KVM process: bring the workload to its end now."""
+
+
 Body = (
     Hello
     | Member
@@ -253,6 +257,7 @@ Body = (
     | InstallModule
     | Preempt
     | AdminDone
+    | Finish
 )
 
 

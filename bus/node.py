@@ -10,12 +10,12 @@ from pathlib import Path
 import trio
 
 from bus.clock import LamportClock
-from bus.endpoint import Endpoint, open_endpoint
+from bus.endpoint import CONNECTIONS, Endpoint, open_endpoint
 from bus.link import Identity
 from bus.memory import PhysicalMemory
 from bus.messages import Hello, Stopped
 from bus.records import Recorder, open_records
-from bus.spec import LAUNCHER, MachineSpec
+from bus.spec import KVM, LAUNCHER, SEAMLDR, MachineSpec
 
 HEAD = 16
 """Bytes of a refused frame that its record shows."""
@@ -41,9 +41,12 @@ class Node:
     async def say_goodbye(self, totals: dict[str, int]) -> None:
         """Tell the launcher that this process has come to its end in good order, and wait until it has heard.
 
-        What went to others is not waited for: they leave at the same time.
+        What went to others is not waited for: they leave at the same time. To its own totals the process adds how
+        often its links had to repeat, and how often they saw repeated or reordered, frames.
         """
-        self.endpoint.send(LAUNCHER, Stopped(totals))
+        counts = self.endpoint.statistics()
+        links = {"resent": counts.resent, "duplicates": counts.duplicates, "reordered": counts.reordered}
+        self.endpoint.send(LAUNCHER, Stopped(totals | links))
         await self.endpoint.flush([LAUNCHER])
 
 
@@ -57,7 +60,7 @@ async def join(spec: MachineSpec, node: str, incarnation: int) -> AsyncIterator[
     def on_refused(reason: str, head: bytes) -> None:
         recorder.emit("refused", reason=reason, head=head[:HEAD].hex())
 
-    connections = len(spec.nodes()) + 1 if node == LAUNCHER else 64
+    connections = len(spec.nodes()) + 1 if node in (LAUNCHER, SEAMLDR, KVM) else CONNECTIONS
     async with open_endpoint(identity, spec.socket_dir, spec.key, clock, on_refused, connections) as endpoint:
         endpoint.expect([LAUNCHER, *spec.nodes()])
         try:

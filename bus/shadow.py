@@ -130,6 +130,7 @@ class Shadow:
         self.ended = False
         """The workload has ended: what follows is the machine being taken down."""
         self.finished: bool | None = None
+        self.why_ended = ""
         self._apply: dict[str, Callable[[Record], None]] = {
             name[4:]: getattr(self, name) for name in dir(self) if name.startswith("_on_")
         }
@@ -210,6 +211,7 @@ class Shadow:
     def _on_machine_end(self, record: Record) -> None:
         self.ended = True
         self.finished = bool(record["finished"])
+        self.why_ended = record["why"]
 
     # VMX
 

@@ -28,7 +28,10 @@ class Workload(msgspec.Struct, frozen=True):
 
 
 class MachineSpec(msgspec.Struct, frozen=True):
-    """One machine. Directories are absolute; `memory_fd` is inherited; `images` are version 2 files, one an update."""
+    """One machine. Directories are absolute; `memory_fd` is inherited; `images` are version 2 files, one an update.
+
+    `sysfs` is the directory for the files of the update's user interface, empty for none.
+    """
 
     run_dir: str
     socket_dir: str
@@ -46,6 +49,7 @@ class MachineSpec(msgspec.Struct, frozen=True):
     images: tuple[str, ...]
     trusted_signers: tuple[str, ...]
     lock_policy: str = "release"
+    sysfs: str = ""
 
     def cpu_nodes(self) -> list[str]:
         """Names of the CPUs' processes."""

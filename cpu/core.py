@@ -205,6 +205,11 @@ class CpuCore:
         """0 in a task, 1 in an interrupt handler, 2 in the NMI handler: the level of a lock request."""
         return {"irq": 1, "nmi": 2}.get(self.contexts[-1], 0)
 
+    @property
+    def in_atomic(self) -> bool:
+        """Whether the code at hand may not sleep: preemption or interrupts off, or a handler."""
+        return bool(self.preempt_count or self.level or not self.irqs_on)
+
     def record_context(self) -> dict[str, object]:
         """The fields that every record of a CPU has."""
         return {"ctx": self.contexts[-1], "irqs": int(self.irqs_on)}
@@ -238,6 +243,8 @@ class CpuCore:
     def lock_granted(self, request: int, epoch: int, number: int) -> None:
         """The shell has a grant for this CPU."""
         self.grants[request] = (epoch, number)
+        word = self.percpu.lock_grants
+        self.memory.store(word, self.memory.load(word)[0] + 1, self.clock.tick())
 
     def __repr__(self) -> str:
         return (

@@ -234,6 +234,14 @@ class Cpu(VmxOperations, CpuCore):
         """`async with`: raw_spin_lock_irqsave .. raw_spin_unlock_irqrestore. Interrupts go off before the spin."""
         return LockGuard(self, lock, irqsave=True)
 
+    def spin_lock(self, lock: RawSpinLock) -> LockGuard:
+        """`async with`: spin_lock on a plain `spinlock_t`. In the preemption model `rt` it is a lock that sleeps."""
+        return LockGuard(self, lock, irqsave=False, plain=True)
+
+    def spin_lock_irqsave(self, lock: RawSpinLock) -> LockGuard:
+        """`async with`: spin_lock_irqsave on a plain `spinlock_t`. In the model `rt` interrupts stay on."""
+        return LockGuard(self, lock, irqsave=True, plain=True)
+
     # SEAM
 
     async def seamcall(
@@ -296,12 +304,13 @@ class Cpu(VmxOperations, CpuCore):
 
 
 class LockGuard:
-    """A held raw spinlock. A coroutine that is dropped with its machine releases nothing, as a CPU that loses power."""
+    """A held spinlock. A coroutine that is dropped with its machine releases nothing, as a CPU that loses power."""
 
-    def __init__(self, cpu: Cpu, lock: RawSpinLock, *, irqsave: bool) -> None:
+    def __init__(self, cpu: Cpu, lock: RawSpinLock, *, irqsave: bool, plain: bool = False) -> None:
         self.cpu = cpu
         self.lock = lock
-        self.irqsave = irqsave
+        self.sleeps = plain and cpu.kernel.knobs.get("preemption") == "rt"
+        self.irqsave = irqsave and not self.sleeps
         self.flags = False
         self.token = (0, 0)
 
@@ -309,7 +318,10 @@ class LockGuard:
         cpu = self.cpu
         if self.irqsave:
             self.flags = await cpu.local_irq_save()
-        await cpu.preempt_disable()
+        if self.sleeps:
+            cpu.warn_on_once(cpu.in_atomic, "BUG: sleeping function called from invalid context")
+        else:
+            await cpu.preempt_disable()
         self.token = await self._spin()
         return self
 
@@ -322,7 +334,7 @@ class LockGuard:
         cpu.recent_loads.clear()
         while request not in cpu.grants:
             cpu.waits_for = (f"spins on {name}", "seamldr")
-            await cpu.cpu_relax()
+            await self._wait(request)
         cpu.waits_for = ("", "")
         epoch, number = cpu.grants.pop(request)
         cpu.tokens[name] = (epoch, number)
@@ -330,6 +342,14 @@ class LockGuard:
         cpu.emit("lock_hold", lock=name, request=request, epoch=epoch, number=number, waited_ns=waited)
         await cpu.give_way()
         return epoch, number
+
+    async def _wait(self, request: int) -> None:
+        if not self.sleeps:
+            await self.cpu.cpu_relax()
+            return
+        await self.cpu.load(self.cpu.percpu.lock_grants)
+        if request not in self.cpu.grants:
+            await self.cpu.schedule()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -341,6 +361,7 @@ class LockGuard:
         cpu.tokens.pop(name, None)
         cpu.emit("lock_drop", lock=name, epoch=epoch, number=number)
         cpu.world.lock_release(name, epoch, number)
-        await cpu.preempt_enable()
+        if not self.sleeps:
+            await cpu.preempt_enable()
         if self.irqsave:
             await cpu.local_irq_restore(self.flags)

@@ -1,9 +1,10 @@
 """The parent of all processes of a machine: a fresh, single-threaded interpreter that forks them on request.
 
-It is started first, on one end of a socketpair. Each request is one JSON message; the answer carries the child's
-pidfd, so that the launcher watches the very process that was made. The parent reaps its children and says how each
-ended. When the launcher is gone, however it went, the socketpair reads EOF: the parent then kills its children, waits
-for them, removes the directory of their sockets and leaves. Each child asks to be killed when the parent dies.
+It is started first, on one end of a socketpair. The first message describes the machine, each further one asks for a
+process; the answer carries the child's pidfd, so that the launcher watches the very process that was made. The parent
+reaps its children and says how each ended. When the launcher is gone, however it went, the socketpair reads EOF: the
+parent then kills its children, waits for them, removes the directory of their sockets and leaves. Each child asks to be
+killed when the parent dies.
 """
 
 from __future__ import annotations
@@ -32,13 +33,18 @@ MAX_REQUEST = 1 << 20
 Role = Callable[[MachineSpec, str, int], None]
 
 
+class Begin(msgspec.Struct, frozen=True, tag="begin"):
+    """The launcher to the parent, once: this is the machine whose processes will be asked for."""
+
+    spec: MachineSpec
+
+
 class Spawn(msgspec.Struct, frozen=True, tag="spawn"):
     """The launcher to the parent: fork `node` in the role given."""
 
     role: str
     node: str
     incarnation: int
-    spec: MachineSpec
 
 
 class Spawned(msgspec.Struct, frozen=True, tag="spawned"):
@@ -47,6 +53,14 @@ class Spawned(msgspec.Struct, frozen=True, tag="spawned"):
     node: str
     incarnation: int
     pid: int
+
+
+class NotSpawned(msgspec.Struct, frozen=True, tag="not_spawned"):
+    """The parent to the launcher: the operating system refused to fork."""
+
+    node: str
+    incarnation: int
+    why: str
 
 
 class Exited(msgspec.Struct, frozen=True, tag="exited"):
@@ -58,15 +72,18 @@ class Exited(msgspec.Struct, frozen=True, tag="exited"):
     status: int
 
 
-_requests = msgspec.json.Decoder(Spawn)
-answers: msgspec.json.Decoder[Spawned | Exited] = msgspec.json.Decoder(Spawned | Exited)
+Answer = Spawned | NotSpawned | Exited
+
+_requests: msgspec.json.Decoder[Begin | Spawn] = msgspec.json.Decoder(Begin | Spawn)
+answers: msgspec.json.Decoder[Answer] = msgspec.json.Decoder(Answer)
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def warm_up() -> None:
     """Do once what every child will do, so that it need not; leaves no thread and no zmq context behind."""
 
     async def nothing() -> None:
-        await trio.sleep(0)
+        await trio.lowlevel.checkpoint()
 
     trio.run(nothing)
     context = zmq.Context()
@@ -81,7 +98,7 @@ def warm_up() -> None:
 
 def die_with_parent(parent: int) -> None:
     """Ask for SIGKILL when the parent dies; leave at once if it died before."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
@@ -94,6 +111,7 @@ class ForkServer:
         self.roles = roles
         self.socket_dir = socket_dir
         self.children: dict[int, Spawn] = {}
+        self.launcher_gone = False
         self.wake_read, self.wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def serve(self) -> None:
@@ -120,8 +138,17 @@ class ForkServer:
             request = self._request()
             if not request:
                 return False
-            self._fork(_requests.decode(request))
-        return True
+            self._serve(_requests.decode(request))
+        return not self.launcher_gone
+
+    def _serve(self, request: Begin | Spawn) -> None:
+        if isinstance(request, Begin):
+            self.spec = request.spec
+            return
+        try:
+            self._fork(request)
+        except OSError as error:
+            self._answer(NotSpawned(request.node, request.incarnation, error.strerror or str(error)))
 
     def _request(self) -> bytes:
         """The next request; nothing if the launcher is gone, however it went."""
@@ -138,14 +165,14 @@ class ForkServer:
         self.children[pid] = request
         pidfd = os.pidfd_open(pid)
         answer = Spawned(request.node, request.incarnation, pid)
-        self._answer(answer, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [pidfd]))])
+        self._answer(answer, (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [pidfd])))
         os.close(pidfd)
 
-    def _answer(self, answer: Spawned | Exited, rights: list[tuple[int, int, array.array[int]]]) -> None:
+    def _answer(self, answer: Answer, *rights: tuple[int, int, array.array[int]]) -> None:
         try:
             self.sock.sendmsg([msgspec.json.encode(answer)], rights)
         except OSError:
-            return  # the launcher is gone: the next receive says so
+            self.launcher_gone = True
 
     def _child(self, request: Spawn, parent: int) -> None:
         """Never returns: the process of one node."""
@@ -158,11 +185,11 @@ class ForkServer:
             self.sock.close()
             os.close(self.wake_read)
             os.close(self.wake_write)
-            self.roles[request.role](request.spec, request.node, request.incarnation)
+            self.roles[request.role](self.spec, request.node, request.incarnation)
             status = 0
-        except BaseException:  # noqa: BLE001 - the last line of a process: say what happened and leave
+        except BaseException as error:  # noqa: BLE001 - the end of a process: say what happened and leave
             traceback.print_exc()
-            sys.stderr.flush()
+            print(f"{request.node}: {_in_short(error)}", file=sys.stderr, flush=True)
         os._exit(status)
 
     def _reap(self) -> None:
@@ -171,7 +198,7 @@ class ForkServer:
             if pid == 0:
                 return
             request = self.children.pop(pid)
-            self._answer(Exited(request.node, request.incarnation, pid, os.waitstatus_to_exitcode(status)), [])
+            self._answer(Exited(request.node, request.incarnation, pid, os.waitstatus_to_exitcode(status)))
 
     def _clean_up(self) -> None:
         for pid in self.children:
@@ -179,6 +206,12 @@ class ForkServer:
         for pid in list(self.children):
             os.waitpid(pid, 0)
         shutil.rmtree(self.socket_dir, ignore_errors=True)
+
+
+def _in_short(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return f"{type(error).__name__}: {error}"
 
 
 def main(fd: int, roles: dict[str, Role], socket_dir: str) -> None:

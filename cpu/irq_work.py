@@ -1,4 +1,4 @@
-"""Work that runs in interrupt or NMI context on top of whatever its CPU does (kernel/irq_work.c, arch_irq_work_raise)."""
+"""Work that runs in interrupt or NMI context on top of what its CPU does (kernel/irq_work.c)."""
 
 from __future__ import annotations
 

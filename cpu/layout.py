@@ -75,6 +75,7 @@ class TdxState(KernelStruct):
     sysinit_done = Word()
     sysinit_ret = Word()
     version = Word()
+    nr_keyids = Word()
 
 
 class KernelData(KernelStruct):
@@ -87,6 +88,12 @@ class KernelData(KernelStruct):
     multi_stop = Word(MultiStop.SIZE // 32)
     update_ctrl = Word(UpdateCtrl.SIZE // 32)
     tdx = Word(TdxState.SIZE // 32)
+    hotplug_readers = Word()
+    hotplug_writer = Word()
+    virt_rebooting = Word()
+    kvm_unloaded = Word()
+    crashing_cpu = Word()
+    crash_waits = Word()
 
 
 class CallSingleData(KernelStruct):
@@ -113,6 +120,12 @@ class PerCpu(KernelStruct):
     stopper_work = Word()
     lp_initialized = Word()
     scratch_ready = Word()
+    lock_grants = Word()
+    virtualization_nr_users = Word()
+    package = Word()
+    cpuhp_work = Word()
+    cpuhp_result = Word()
+    halted = Word()
 
 
 class LoadedVmcs(KernelStruct):

@@ -32,6 +32,10 @@ FULL = ("full", "rt")
 is; in `lazy` only the stopper preempts at once; in `none` and `voluntary` a thread gives way where it says so."""
 
 
+class NotAnOperation(TypeError):
+    """Kernel code awaited something that is not of this machine, such as a function of an async library."""
+
+
 class Notifier(Protocol):
     """`struct preempt_notifier`: told when its thread loses and gets back the CPU."""
 
@@ -181,7 +185,8 @@ class StepLoop:
         cpu = self.cpu
         if len(self.stack) != 1 or cpu.preempt_count:
             return False
-        return cpu.resched_point or self.model in FULL or (self.model == "lazy" and bool(self.runnable[Priority.STOPPER]))
+        at_once = self.model in FULL or (self.model == "lazy" and bool(self.runnable[Priority.STOPPER]))
+        return at_once or cpu.resched_point
 
     def _take_events(self) -> None:
         cpu, apic = self.cpu, self.cpu.apic
@@ -201,7 +206,12 @@ class StepLoop:
         self.cpu.apic.in_nmi = False
 
     def _push(
-        self, body: Coroutine[Any, Any, Any], kind: str, then: Callable[[], None] | None = None, *, irqs_on: bool = False
+        self,
+        body: Coroutine[Any, Any, Any],
+        kind: str,
+        then: Callable[[], None] | None = None,
+        *,
+        irqs_on: bool = False,
     ) -> None:
         cpu = self.cpu
         self.stack.append(Frame(body, kind, cpu.irqs_on, then))
@@ -289,9 +299,11 @@ class StepLoop:
             elif request is Trap.USER:
                 reply = self._may_stay()
                 resume = True
-            else:
-                assert isinstance(request, GuestRun | SeamTrap)
+            elif isinstance(request, GuestRun | SeamTrap):
                 return request
+            else:
+                reply = NotAnOperation(f"awaited a {type(request).__name__}, which is no operation of a CPU")
+                resume = True
         return Need.IDLE
 
     def _may_stay(self) -> bool:
@@ -303,7 +315,7 @@ class StepLoop:
         """Resume the top of the stack; its trap, or None if it has ended."""
         frame = self.stack[-1]
         try:
-            return frame.body.send(reply)
+            return frame.body.throw(reply) if isinstance(reply, NotAnOperation) else frame.body.send(reply)
         except StopIteration as end:
             if frame.kind == "thread":
                 thread = self.current

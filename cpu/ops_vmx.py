@@ -53,6 +53,18 @@ class VmxOperations(CpuCore):
         await self.boundary()
         return outcome
 
+    async def cr4_set_bits(self, bits: int) -> Outcome:
+        """MOV to CR4 with more bits set."""
+        outcome = self.vmx.mov_cr4(self.vmx.cr4 | bits)
+        await self.give_way()
+        return outcome
+
+    async def cr4_clear_bits(self, bits: int) -> Outcome:
+        """MOV to CR4 with some bits cleared; faults for VMXE inside VMX operation."""
+        outcome = self.vmx.mov_cr4(self.vmx.cr4 & ~bits)
+        await self.give_way()
+        return outcome
+
     async def vmptrld(self, pa: int, reason: str = "strategy") -> Outcome:
         """VMPTRLD; `reason` is for the record."""
         self.clock.merge(self._region_stamp(pa))

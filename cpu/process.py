@@ -22,7 +22,6 @@ from bus.messages import (
     Seamcall,
     SeamcallEvent,
     Seamret,
-    Start,
     Stop,
     Waits,
 )
@@ -126,7 +125,7 @@ class CpuProcess:
         match delivery.body:
             case Ipi() as ipi:
                 self._interrupt(delivery, ipi)
-            case Ring() | Start():
+            case Ring():
                 pass
             case LockGrant(request=request, epoch=epoch, number=number):
                 self.cpu.lock_granted(request, epoch, number)
@@ -137,12 +136,18 @@ class CpuProcess:
             case Member(node=node, incarnation=incarnation, state=state):
                 self.endpoint.member(node, incarnation, state)
             case Query():
-                what, on = self.cpu.waits_for
-                self.endpoint.send(LAUNCHER, Waits(what, on, self.cpu.count.operations))
+                self.endpoint.send(LAUNCHER, self._waits())
             case body:
                 thread = self.personality.spawn(self, body)
                 if thread is not None:
                     self.loop.add(thread)
+
+    def _waits(self) -> Waits:
+        cpu = self.cpu
+        what, on = cpu.waits_for
+        if not what and cpu.context != "idle":
+            what = f"runs {cpu.context}"
+        return Waits(what, on, cpu.count.operations)
 
     def _interrupt(self, delivery: Delivery, ipi: Ipi) -> None:
         cpu, vector, nmi = self.cpu, ipi.vector, ipi.nmi

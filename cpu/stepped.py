@@ -115,9 +115,14 @@ class SteppedMachine:
         """CPUs that can step."""
         return [number for number in range(len(self.cpus)) if number not in self.asleep]
 
+    def waiting_for(self, number: int) -> GuestRun | SeamTrap | None:
+        """What the CPU's next step ends: a run of its guest, or a residence in SEAM."""
+        return self._waiting.get(number)
+
     def step(self, number: int, *, interrupt_guest: bool = False) -> None:
         """One operation of one CPU."""
         self.steps += 1
+        self.asleep.discard(number)
         loop = self.loops[number]
         reply: SeamReply | GuestExit | None = None
         waiting = self._waiting.pop(number, None)

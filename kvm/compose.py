@@ -11,11 +11,13 @@ from cpu.core import NMI_PERIODS, Kernel
 from cpu.irq_work import sysvec_irq_work
 from cpu.smp import generic_smp_call_function_single_interrupt, sysvec_reschedule_ipi
 from cpu.vmx import VmxConfig
+from kvm.emergency import vmx_emergency_disable_virtualization_cpu
 from kvm.guest import run_guest
+from kvm.hotplug import kvm_disable_virtualization_cpu, kvm_enable_virtualization_cpu
 from kvm.loaded_vmcs import clear_on_this_cpu, loaded_vmcs_clear_current, vmclear_local_loaded_vmcss
 from kvm.perf import default_do_nmi
 from kvm.tdx import tdx_flush_vp
-from seamldr.strategies import find_strategy
+from seamldr.strategies import Strategy, find_strategy
 from seamldr.update import do_seamldr_install_module
 
 MAXPHYADDR = 46
@@ -27,11 +29,12 @@ class Knobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `seamret_launch` and `seamret_scope`: what SEAMRET from P-SEAMLDR does to VMCSs on a CPU whose IA32_VMX_BASIC has
     bit 60 (`vmx_basic_bit60`) clear. `nmi_inject`: a performance-counter NMI arrives at this point of every P-SEAMLDR
     call (or guest run), or by a fixed count at each of them. `call_context`: who calls P-SEAMLDR to read the version: a
-    thread, the handler of an interrupt that lands on top of whatever runs, or the NMI handler. `preemption`: the model
-    that the kernel is built with. `enforce_gate`: the kernel refuses updates on such a CPU; "auto" is on for the
-    strategy `refuse-on-erratum` alone. `avoid_compat_sensitive`: TDH.SYS.SHUTDOWN is asked to refuse while a TD is
-    being built. `seamdb_size`: modules that may be installed. `fms`: CPUID.1.EAX. `seamldr_profile`,
-    `module_profile`: which firmware.
+    thread, the handler of an interrupt that lands on what runs, or the NMI handler. `preemption`: the model that the
+    kernel is built with. `vmxon_owner`: the core kernel counts users of VMX operation (the VMXON series), or KVM alone
+    executes VMXON and VMXOFF (before it). `offline_irqs`: interrupts in KVM's CPU-offline callback. `enforce_gate`: the
+    kernel refuses updates on a CPU with the erratum; "auto" is on for the strategy `refuse-on-erratum` alone.
+    `avoid_compat_sensitive`: TDH.SYS.SHUTDOWN is asked to refuse while a TD is being built. `seamdb_size`: modules that
+    may be installed. `fms`: CPUID.1.EAX. `seamldr_profile`, `module_profile`: which firmware.
     """
 
     seamret_launch: str = "preserve"
@@ -40,6 +43,8 @@ class Knobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     nmi_inject: str = "off"
     call_context: str = "task"
     preemption: str = "full"
+    vmxon_owner: str = "core"
+    offline_irqs: str = "on"
     enforce_gate: str = "auto"
     avoid_compat_sensitive: str = "off"
     seamdb_size: int = 65536
@@ -55,6 +60,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "nmi_inject": ("off", "sampled", *NMI_PERIODS),
     "call_context": ("task", "irq", "nmi"),
     "preemption": ("none", "voluntary", "full", "lazy", "rt"),
+    "vmxon_owner": ("core", "kvm"),
+    "offline_irqs": ("on", "off"),
     "enforce_gate": ("auto", "on", "off"),
     "avoid_compat_sensitive": ("off", "always"),
     "seamldr_profile": ("P15", "P20"),
@@ -95,8 +102,11 @@ def vmx_config(knobs: Knobs) -> VmxConfig:
     return config.with_basic_bit60(bool(knobs.vmx_basic_bit60))
 
 
-def kernel(strategy: str, knobs: Knobs, num_cpus: int) -> Kernel:
-    """The kernel that every CPU of the machine runs; raises `StrategyError` if there is no such strategy."""
+def kernel(strategy: str | Strategy, knobs: Knobs, num_cpus: int) -> Kernel:
+    """The kernel that every CPU of the machine runs; `strategy` is a name or the function itself.
+
+    Raises `StrategyError` if there is no such strategy.
+    """
     settings = msgspec.structs.asdict(knobs)
     gate = knobs.enforce_gate
     settings["enforce_gate"] = strategy == "refuse-on-erratum" if gate == "auto" else gate == "on"
@@ -111,10 +121,13 @@ def kernel(strategy: str, knobs: Knobs, num_cpus: int) -> Kernel:
             "__loaded_vmcs_clear": clear_on_this_cpu,
             "tdx_flush_vp": tdx_flush_vp,
             "do_seamldr_install_module": do_seamldr_install_module,
+            "kvm_enable_virtualization_cpu": kvm_enable_virtualization_cpu,
+            "kvm_disable_virtualization_cpu": kvm_disable_virtualization_cpu,
         },
         static_calls={
-            "seamldr_strategy": find_strategy(strategy),
+            "seamldr_strategy": find_strategy(strategy) if isinstance(strategy, str) else strategy,
             "vmclear_local_loaded_vmcss": vmclear_local_loaded_vmcss,
+            "emergency_disable_virtualization_cpu": vmx_emergency_disable_virtualization_cpu,
             "loaded_vmcs_clear_current": loaded_vmcs_clear_current,
         },
         guest=run_guest,

@@ -10,7 +10,6 @@ ended.
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 import signal
@@ -29,9 +28,10 @@ from bus.link import Delivery
 from bus.memory import PhysicalMemory
 from bus.messages import Finished, Hello, Member, Progress, Query, Start, Stop, Stopped, Waits
 from bus.node import Node, join
-from bus.spec import KVM, LAUNCHER, SEAMLDR, MachineSpec
+from bus.spec import KVM, LAUNCHER, SEAMLDR
+from cpu.forkserver import Exited, NotSpawned, Spawned
 from cpu.layout import memory_size
-from kvm.processes import Parent, Process, close_pidfd
+from kvm.processes import Parent, Process, enough_files
 from kvm.topology import Topology, machine_spec
 
 ONLINE_S = 60.0
@@ -42,8 +42,13 @@ STOP_S = 5.0
 STOP_PER_CPU_S = 0.1
 TERMINATE_S = 2.0
 ANSWER_S = 1.0
-"""How long a process has to say what it waits for."""
+"""How long the processes have to say what they wait for, plus `ANSWER_PER_CPU_S` for each CPU."""
+ANSWER_PER_CPU_S = 0.01
 STUCK_LOOK_S = 0.25
+LOG_TAIL = 4096
+"""Bytes at the end of the log among which the reason of an unexpected end is looked for."""
+
+PARENT_GONE = "the parent of the machine's processes has died, and they with it"
 
 
 class MachineError(RuntimeError):
@@ -62,8 +67,8 @@ class Machine:
         self.online_seconds = 0.0
         self.run_seconds = 0.0
         self.killed = 0
+        self._online = 0
         self._waits: dict[str, Waits] = {}
-        self._hellos: set[str] = set()
         self._broken: str | None = None
         self._ended = False
         self._life = self._live()
@@ -81,7 +86,7 @@ class Machine:
     ) -> bool | None:
         """End every process, in order if the workload came to its end, and leave nothing behind."""
         if not self._ended:
-            self._end("" if error is None else f"ended by {type(error).__name__}")
+            self._end("the workload was not run" if error is None else f"ended by {type(error).__name__}")
         return await self._life.__aexit__(kind, error, trace)
 
     @asynccontextmanager
@@ -92,6 +97,8 @@ class Machine:
 
     async def _start(self, stack: AsyncExitStack) -> None:
         began = monotonic()
+        if not stack.enter_context(enough_files(self.topology.cpus + 2)):
+            raise MachineError(f"{self.topology.cpus} CPUs need more open files than `ulimit -Hn` allows")
         self.run_dir = self.topology.make_run_dir()
         socket_dir = tempfile.mkdtemp(prefix="seam-", dir="/tmp")
         stack.callback(shutil.rmtree, socket_dir, ignore_errors=True)
@@ -99,23 +106,21 @@ class Machine:
         stack.callback(memory.close)
         assert memory.fd is not None
         self.memory = memory
-        self._parent = Parent(socket_dir, memory.fd, self.run_dir / "stderr.txt")
+        self._parent = Parent(socket_dir, memory.fd, self._log)
         stack.push_async_callback(self._parent.close)
         key = secrets.token_bytes(16)
         self.spec = machine_spec(self.topology, self.run_dir, socket_dir, key, memory.fd)
-        self.node = await stack.enter_async_context(join(self.spec, LAUNCHER, 1))
-        nursery = await stack.enter_async_context(_background())
-        self._nursery = nursery
+        self.node: Node = await stack.enter_async_context(join(self.spec, LAUNCHER, 1))
+        stack.callback(self._forget_all)
+        self._nursery = await stack.enter_async_context(_background())
         self._describe()
-        nursery.start_soon(self._receive)
-        nursery.start_soon(self._hear_parent)
+        self._nursery.start_soon(self._receive)
+        self._nursery.start_soon(self._hear_parent)
         stack.push_async_callback(self._stop_all)
-        for node in self.spec.nodes():
-            await self._parent.spawn(self.spec, _role(node), node, 1)
+        await self._spawn_all()
         await self._all_online()
         self.online_seconds = monotonic() - began
-        for node in self.spec.nodes():
-            self.node.endpoint.send(node, Start())
+        self.node.endpoint.send(KVM, Start())
 
     def _describe(self) -> None:
         spec = self.spec
@@ -133,19 +138,25 @@ class Machine:
         )
         self.node.emit("process_online", name=LAUNCHER, incarnation=1)
 
+    async def _spawn_all(self) -> None:
+        self.processes = {node: Process(node, 1) for node in self.spec.nodes()}
+        try:
+            await self._parent.begin(self.spec)
+            for process in self.processes.values():
+                await self._parent.spawn(_role(process.node), process.node, process.incarnation)
+        except OSError:
+            self._break(PARENT_GONE)
+
     async def _all_online(self) -> None:
+        total = len(self.processes)
         with trio.move_on_after(ONLINE_S + ONLINE_PER_CPU_S * self.spec.cpus):
-            while not self._broken and not self._is_online():
+            while not self._broken and self._online < total:
                 await self._moved.wait()
         if self._broken:
             raise MachineError(self._broken)
-        if not self._is_online():
-            late = [n for n in self.spec.nodes() if n not in self.processes or not self.processes[n].online.is_set()]
-            raise MachineError(f"{len(late)} of {len(self.spec.nodes())} processes did not come online: {late[0]}, ...")
-
-    def _is_online(self) -> bool:
-        started = self.processes.values()
-        return len(self.processes) == len(self.spec.nodes()) and all(p.online.is_set() for p in started)
+        if self._online < total:
+            late = [process.node for process in self.processes.values() if not process.online]
+            raise MachineError(f"{len(late)} of {total} processes did not come online, {late[0]} among them")
 
     def _progressed(self) -> None:
         self._moved.set()
@@ -157,37 +168,34 @@ class Machine:
         endpoint = self.node.endpoint
         while True:
             await endpoint.wait()
-            self._drain()
-
-    def _drain(self) -> None:
-        for delivery in self.node.endpoint.drain_nowait():
-            self._handle(delivery)
+            for delivery in endpoint.drain_nowait():
+                self._handle(delivery)
 
     def _handle(self, delivery: Delivery) -> None:
-        name = delivery.source.node
-        process = self.processes.get(name)
+        process = self.processes[delivery.source.node]
         match delivery.body:
             case Hello():
-                self._hellos.add(name)
-                self._met(name)
+                process.hello = True
+                self._came_online(process)
             case Progress(facts=facts):
                 self._progress(facts)
             case Finished():
                 self.finished.set()
-            case Stopped() if process is not None:
-                process.stopped.set()
+            case Stopped(facts=totals):
+                process.totals = totals
             case Waits() as waits:
-                self._waits[name] = waits
+                self._waits[process.node] = waits
+                self._progressed()
             case body:
                 self.node.emit("refused", reason="unexpected", head=type(body).__name__)
 
-    def _met(self, name: str) -> None:
-        """A process is online once it said hello and the parent told of it, in whichever order."""
-        process = self.processes.get(name)
-        if process is not None and name in self._hellos and not process.online.is_set():
-            self.node.emit("process_online", name=name, incarnation=process.incarnation)
-            process.online.set()
-            self._progressed()
+    def _came_online(self, process: Process) -> None:
+        """A process counts when it said hello and its parent said which one it is, in whatever order."""
+        if process.online:
+            self.node.emit("process_online", name=process.node, incarnation=process.incarnation)
+            self._online += 1
+            if self._online == len(self.processes):
+                self._progressed()
 
     def _progress(self, facts: dict[str, int]) -> None:
         if facts != self.facts:
@@ -197,46 +205,62 @@ class Machine:
             self.on_progress(facts)
 
     async def _hear_parent(self) -> None:
-        while True:
-            answer = await self._parent.receive()
-            if answer is None:
-                self._break("the parent of the machine's processes is gone")
-                return
-            if isinstance(answer, Process):
-                self.processes[answer.node] = answer
-                self._met(answer.node)
-                self._nursery.start_soon(self._watch, answer)
-            else:
-                self._parent.exits[answer.pid] = answer.status
-                self._progressed()
+        while (heard := await self._parent.receive()) is not None:
+            answer, pidfd = heard
+            process = self.processes[answer.node]
+            match answer:
+                case Spawned(pid=pid) if pidfd >= 0:
+                    process.bear(pid, pidfd)
+                    self._nursery.start_soon(self._watch, process)
+                    self._came_online(process)
+                case Spawned():
+                    self._break(f"process {process.node} cannot be watched: this process has too many open files")
+                case NotSpawned(why=why):
+                    self._break(f"process {process.node} cannot be forked: {why}")
+                case Exited(status=status):
+                    process.exit(status)
+        self._break(PARENT_GONE)
+        for process in self.processes.values():
+            process.exit(-signal.SIGKILL)
 
     async def _watch(self, process: Process) -> None:
         """A process is dead if and only if its pidfd fires."""
         await trio.lowlevel.wait_readable(process.pidfd)
-        self._drain()
-        process.gone.set()
-        close_pidfd(process)
-        for name in self.spec.nodes():
-            other = self.processes.get(name)
-            if other is not None and other is not process and not other.gone.is_set():
-                self.node.endpoint.send(name, Member(process.node, process.incarnation, "dead"))
-        self.node.endpoint.member(process.node, process.incarnation, "dead")
-        while process.pid not in self._parent.exits and not self._broken:
-            await self._moved.wait()
-        process.status = self._parent.exits.get(process.pid, 0)
+        process.forget()
         wanted = process.wanted
+        if not wanted and self._parent.alive:
+            self._publish_death(process)
+        await process.exited.wait()
         self.node.emit("process_exit", name=process.node, status=process.status, wanted=int(wanted))
+        process.gone.set()
         if not wanted:
-            self._break(f"process {process.node} ended by itself with status {process.status}; see {self._log()}")
-        self._progressed()
+            self._break(self._obituary(process) if self._parent.alive else PARENT_GONE)
+
+    def _publish_death(self, process: Process) -> None:
+        """To all that are left; not while the machine is taken down, or each of N would hear of N others."""
+        self.node.endpoint.member(process.node, process.incarnation, "dead")
+        for name, other in self.processes.items():
+            if not other.gone.is_set():
+                self.node.endpoint.send(name, Member(process.node, process.incarnation, "dead"))
+
+    def _obituary(self, process: Process) -> str:
+        if process.status < 0:
+            return f"process {process.node} was killed by {signal.Signals(-process.status).name}"
+        return f"process {process.node} ended by itself with status {process.status}{self._last_words(process.node)}"
+
+    def _last_words(self, node: str) -> str:
+        lines = self._log.read_bytes()[-LOG_TAIL:].decode(errors="replace").splitlines()
+        words = [line.removeprefix(f"{node}: ") for line in lines if line.startswith(f"{node}: ")]
+        return f": {words[-1]} (more in {self._log})" if words else ""
 
     def _break(self, why: str) -> None:
         if self._broken is None:
             self._broken = why
         self._progressed()
 
-    def _log(self) -> str:
-        return str(self.run_dir / "stderr.txt")
+    @property
+    def _log(self) -> Path:
+        return self.run_dir / "stderr.txt"
 
     # The workload
 
@@ -250,7 +274,7 @@ class Machine:
                 await self.finished.wait()
             quiet = monotonic() - max(self._last_progress, planned)
             if quiet > workload.grace_ns / 1e9 and not self.finished.is_set():
-                self._break(f"nothing has moved for {workload.grace_ns / 1e9:.0f} s after the planned end")
+                self._break(f"nothing has moved for {workload.grace_ns / 1e9:g} s after the planned end")
         self.run_seconds = monotonic() - began
         if self._broken:
             await self._ask_all()
@@ -263,18 +287,17 @@ class Machine:
 
     async def _ask_all(self) -> None:
         """What does each process wait for?"""
-        alive = [p.node for p in self.processes.values() if not p.gone.is_set()]
-        for name in alive:
-            self.node.endpoint.send(name, Query())
-        with trio.move_on_after(ANSWER_S):
-            while len(self._waits) < len(alive):
-                await trio.sleep(0.02)
-        for name in alive:
-            waits = self._waits.get(name, Waits("does not answer", "", 0))
-            if waits.what:
-                self.node.emit(
-                    "process_waits", name=name, what=waits.what, on=waits.on, operations=waits.operations
-                )
+        asked = [process for process in self.processes.values() if not process.gone.is_set()]
+        for process in asked:
+            self.node.endpoint.send(process.node, Query())
+        with trio.move_on_after(ANSWER_S + ANSWER_PER_CPU_S * self.spec.cpus):
+            while any(not process.gone.is_set() and process.node not in self._waits for process in asked):
+                await self._moved.wait()
+        for process in asked:
+            waits = self._waits.get(process.node, Waits("does not answer", "", 0))
+            if waits.what and not process.gone.is_set():
+                what, on, operations = waits.what, waits.on, waits.operations
+                self.node.emit("process_waits", name=process.node, what=what, on=on, operations=operations)
 
     # Ending
 
@@ -283,11 +306,9 @@ class Machine:
         with trio.CancelScope(shield=True):
             async with trio.open_nursery() as nursery:
                 for name in self.spec.cpu_nodes():
-                    if name in self.processes:
-                        nursery.start_soon(self._stop, self.processes[name])
+                    nursery.start_soon(self._stop, self.processes[name])
             for name in (KVM, SEAMLDR):
-                if name in self.processes:
-                    await self._stop(self.processes[name])
+                await self._stop(self.processes[name])
 
     async def _stop(self, process: Process) -> None:
         """Message, deadline, SIGTERM, deadline, SIGKILL; each step taken is a record."""
@@ -295,12 +316,12 @@ class Machine:
         patience = STOP_S + STOP_PER_CPU_S * self.spec.cpus
         if self._broken:
             patience = TERMINATE_S
-        if process.online.is_set() and not process.gone.is_set():
+        if process.online:
             self.node.endpoint.send(process.node, Stop())
             if await _within(patience, process.gone):
                 return
         for number, deadline in ((signal.SIGTERM, TERMINATE_S), (signal.SIGKILL, STOP_S)):
-            if process.gone.is_set():
+            if process.gone.is_set() or not process.born.is_set():
                 return
             self.node.emit("process_end_step", name=process.node, step=signal.Signals(number).name)
             process.signal(number)
@@ -308,11 +329,20 @@ class Machine:
             if await _within(deadline, process.gone):
                 return
 
+    def _forget_all(self) -> None:
+        for process in self.processes.values():
+            process.forget()
+
     # Afterwards
 
     def check(self) -> Judgement:
         """Judge the records of this run."""
         return judge(self.run_dir)
+
+    @property
+    def parent_pid(self) -> int:
+        """Process id of the parent that forked them all."""
+        return self._parent.pid
 
     @property
     def pids(self) -> dict[str, int]:
@@ -328,15 +358,38 @@ async def _within(seconds: float, event: trio.Event) -> bool:
 
 @asynccontextmanager
 async def _background() -> AsyncIterator[trio.Nursery]:
-    """A nursery whose tasks end with the block."""
-    async with trio.open_nursery() as nursery:
-        try:
-            yield nursery
-        finally:
-            nursery.cancel_scope.cancel()
+    """A nursery whose tasks end with the block, not before: they go on while a block that is cancelled cleans up.
+
+    What ends it early is raised as itself, not in a group.
+    """
+
+    async def serve(task_status: trio.TaskStatus[trio.Nursery]) -> None:
+        await trio.lowlevel.checkpoint()  # if the block is cancelled already, not to begin is the only chance
+        with trio.CancelScope(shield=True):
+            async with trio.open_nursery() as nursery:
+                task_status.started(nursery)
+                await trio.sleep_forever()
+
+    try:
+        async with trio.open_nursery() as outer:
+            nursery: trio.Nursery = await outer.start(serve)
+            try:
+                yield nursery
+            finally:
+                nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        raise _unwrapped(group) from None
+
+
+def _unwrapped(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """A group without its cancellations: its exception itself if it is one, and Ctrl-C before all others."""
+    if group.subgroup(KeyboardInterrupt):
+        return KeyboardInterrupt()
+    rest: BaseException = group.split(trio.Cancelled)[1] or group
+    while isinstance(rest, BaseExceptionGroup) and len(rest.exceptions) == 1:
+        rest = rest.exceptions[0]
+    return rest
 
 
 def _role(node: str) -> str:
     return "cpu" if node.startswith("cpu") else node
-
-

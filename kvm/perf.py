@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from cpu.cpu import Cpu
 from cpu.irq_work import run_nmi_work
+from cpu.layout import KERNEL
 from cpu.vmx import Field
+from kvm.emergency import crash_nmi_callback
 from kvm.loaded_vmcs import vmcs_read
 from kvm.vmx import VmxVcpu
 
@@ -34,9 +36,10 @@ async def perf_event_nmi_handler(cpu: Cpu) -> None:
 async def default_do_nmi(cpu: Cpu) -> None:
     """exc_nmi: every cause that may be behind this NMI is looked at, since several merge into one."""
     cpu.emit("nmi_enter", cur=cpu.vmx.cur)
+    if await cpu.load(KERNEL.crashing_cpu):
+        await crash_nmi_callback(cpu)
     if cpu.pmi_pending:
         cpu.pmi_pending = False
         await perf_event_nmi_handler(cpu)
     await run_nmi_work(cpu)
-    await cpu.give_way()
     cpu.emit("nmi_exit")

@@ -36,10 +36,12 @@ class Process:
         self.pidfd = -1
         self.born = trio.Event()
         self.hello = False
-        self.stopped = False
+        self.totals: dict[str, int] | None = None
+        """What it counted, if it came to its end in good order."""
         self.exited = trio.Event()
         """Its parent has reaped it: `status` is known."""
         self.gone = trio.Event()
+        """It is dead, reaped, and on record as such."""
         self.status = 0
         self.wanted = False
 
@@ -97,6 +99,7 @@ class Parent:
         theirs.close()
         self._sock = trio.socket.from_stdlib_socket(ours)
         self.pid = self._popen.pid
+        self._pidfd = os.pidfd_open(self.pid)
 
     @property
     def alive(self) -> bool:
@@ -128,11 +131,11 @@ class Parent:
         """Hang up: the parent kills what is left, cleans up and leaves; wait for that."""
         self._sock.close()
         with trio.CancelScope(shield=True), trio.move_on_after(PARENT_END_S):
-            while self.alive:
-                await trio.sleep(0.005)
+            await trio.lowlevel.wait_readable(self._pidfd)
+        os.close(self._pidfd)
         if self.alive:
             self._popen.kill()
-            self._popen.wait()
+        self._popen.wait()
 
 
 @contextlib.contextmanager

@@ -10,8 +10,9 @@ import msgspec
 
 from bus.spec import MachineSpec, Workload
 from kvm.compose import Knobs
+from kvm.sysfs import check_sysfs_dir
 from seamldr.identity import make_identity
-from seamldr.image import ImageError, ModuleImage, build_v2, parse
+from seamldr.image import ImageError, ModuleImage, build_v1, build_v2, parse
 from seamldr.module_maker import make_module
 from seamldr.sigstruct import SigStruct, new_key, signer_hash
 from seamldr.strategies import DEFAULT, find_strategy
@@ -22,6 +23,8 @@ MAX_TDS = 64
 MAX_UPDATES = 1000
 BOOT_VERSION = (1, 5, 8)
 MODULE_PAGES = 16
+IMAGES_TO_UPLOAD = 3
+"""Images made at least, as both versions, where the user may upload some: under modules/ in the run directory."""
 EXITS_PER_SECOND = 1500
 """Groups of VM exits that all CPUs together make in a second: what two cores can serve without falling behind."""
 
@@ -32,7 +35,7 @@ class TopologyError(ValueError):
 
 class Topology(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One run. `module` is an image file for the updates, made on the spot if None; `seconds` the length of the
-    workload.
+    workload; `sysfs` a new or empty directory for the files of the update's user interface, if wanted.
     """
 
     cpus: int = 4
@@ -48,6 +51,7 @@ class Topology(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     trace: bool = False
     residence_us: int = 300
     grace_s: float = 10.0
+    sysfs: str | None = None
 
     def validate(self) -> None:
         """Raises `TopologyError` or `StrategyError`."""
@@ -64,6 +68,8 @@ class Topology(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.vcpus + self.tds == 0:
             raise TopologyError("a machine needs at least one vCPU or TD")
         find_strategy(self.strategy)
+        if self.sysfs is not None:
+            check_sysfs_dir(Path(self.sysfs))
 
     def make_run_dir(self) -> Path:
         """Create the directory for records and summary; raises `TopologyError` if it is in use."""
@@ -124,6 +130,7 @@ def machine_spec(topology: Topology, run_dir: Path, socket_dir: str, key: bytes,
         boot_image=boot,
         images=images,
         trusted_signers=signers,
+        sysfs=str(Path(topology.sysfs).absolute()) if topology.sysfs is not None else "",
     )
 
 
@@ -135,7 +142,8 @@ def _images(topology: Topology, run_dir: Path) -> tuple[str, tuple[str, ...], tu
     major, minor, update = BOOT_VERSION
 
     def made(number: int) -> ModuleImage:
-        identity = make_identity(f"{major}.{minor}.{update + number:02}", "B" if topology.knobs.module_profile == "B" else "A")
+        version = f"{major}.{minor}.{update + number:02}"
+        identity = make_identity(version, "B" if topology.knobs.module_profile == "B" else "A")
         table = (topology.knobs.fms,)
         return make_module(identity, key=key, svn=(1, 4 + min(number, 200)), pages=MODULE_PAGES, cpuid_table=table)
 
@@ -150,7 +158,13 @@ def _images(topology: Topology, run_dir: Path) -> tuple[str, tuple[str, ...], tu
     if topology.module is not None:
         given = keep(read_module(topology.module)[0], "given.bin")
         return boot, (given,) * topology.updates, (*signers, *_maker(topology.module))
-    return boot, tuple(keep(made(n), f"update-{n}.bin") for n in range(1, topology.updates + 1)), signers
+    count = topology.updates if topology.sysfs is None else max(topology.updates, IMAGES_TO_UPLOAD)
+    updates = {number: made(number) for number in range(1, count + 1)}
+    files = tuple(keep(image, f"update-{number}.bin") for number, image in updates.items())
+    if topology.sysfs is not None:
+        for number, image in updates.items():
+            (directory / f"update-{number}.v1.bin").write_bytes(build_v1(image))
+    return boot, files[: topology.updates], signers
 
 
 def _maker(path: str) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ class Vcpu(Task):
     regs_dirty = Word()
     tlb_flush = Word()
     vmcs01 = Word(LoadedVmcs.SIZE // 32)
+    vmcs02 = Word(LoadedVmcs.SIZE // 32)
 
     @property
     def loaded_vmcs(self) -> LoadedVmcs:

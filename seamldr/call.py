@@ -34,8 +34,8 @@ async def seamldr_call(cpu: Cpu, fn: int, args: TdxModuleArgs) -> int:
         await cpu.boundary()
     try:
         answer = await cpu.static_call("seamldr_strategy", fn, args)
-    except Exception as error:  # noqa: BLE001 - a user's code; the record says what and where
-        _broken(cpu, f"raised {type(error).__name__}: {error}", error)
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001 - a user's code; the record says where
+        _broken(cpu, f"raised {type(error).__name__}: {error}".rstrip(": "), error)
     else:
         if isinstance(answer, int) and not isinstance(answer, bool) and -MAX_ERRNO <= answer <= 0:
             errno = answer
@@ -50,11 +50,12 @@ async def seamldr_call(cpu: Cpu, fn: int, args: TdxModuleArgs) -> int:
     return errno
 
 
-def _broken(cpu: Cpu, error: str, raised: Exception | None = None) -> None:
+def _broken(cpu: Cpu, error: str, raised: BaseException | None = None) -> None:
     where = ""
     if raised is not None:
-        frames = traceback.extract_tb(raised.__traceback__)
-        where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+        own = cpu.kernel.static_calls["seamldr_strategy"].__code__.co_filename
+        frames = [frame for frame in traceback.extract_tb(raised.__traceback__) if frame.filename == own]
+        where = f"{own}:{frames[-1].lineno}" if frames else ""
     cpu.emit("strategy_error", error=error, where=where)
 
 

@@ -1,8 +1,9 @@
 """Where SEAM state lives: a log of records in P_SEAMLDR_RANGE, so that it survives the process that serves it.
 
-The log is a row of [u32 name length, u32 data length, name, data]; its first u64 is the offset at which it ends. A
-record is written before the end moves past it, so a writer that is killed leaves the log as it was. A full log is
-written again with only the newest record of each name.
+The log is a row of [u32 name length, u32 data length, name, data] in one half of the range; the first u64 says where
+it begins (upper 32 bits) and ends. A record is written before the end moves past it, and a full log is written into
+the other half, with only the newest record of each name, before the first u64 goes there: so a writer that is killed
+at any moment leaves a whole log.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ class SeamStoreFullError(Exception):
 
 
 class SeamStore:
-    """A log of `size` bytes at physical address `base`."""
+    """A log in `size` bytes at physical address `base`, of which it uses one half at a time."""
 
     def __init__(self, memory: PhysicalMemory, base: int, size: int) -> None:
         self._memory = memory
         self._base = base
-        self._size = size
-        self._end = memory.read64(base) or _START
+        self._half = (size - _START) // 2
+        where = memory.read64(base)
+        self._begin, self._end = (where >> 32, where & 0xFFFF_FFFF) if where else (_START, _START)
         self._newest = self._replay()
 
     def _replay(self) -> dict[str, bytes]:
         newest: dict[str, bytes] = {}
-        at = _START
+        at = self._begin
         while at < self._end:
             name_length, length = _HEAD.unpack(self._memory.read(self._base + at, _HEAD.size))
             at += _HEAD.size
@@ -50,7 +52,7 @@ class SeamStore:
             return
         self._newest[name] = data
         record = _pack(name, data)
-        if self._end + len(record) > self._size:
+        if self._end + len(record) > self._begin + self._half:
             self._compact()
             return
         self._append(record)
@@ -58,14 +60,13 @@ class SeamStore:
     def _append(self, record: bytes) -> None:
         self._memory.write(self._base + self._end, record)
         self._end += len(record)
-        self._memory.write64(self._base, self._end)
+        self._memory.write64(self._base, self._begin << 32 | self._end)
 
     def _compact(self) -> None:
         log = b"".join(_pack(name, data) for name, data in self.records().items())
-        if _START + len(log) > self._size:
-            raise SeamStoreFullError(f"SEAM state of {len(log)} bytes does not fit {self._size}")
-        self._end = _START
-        self._memory.write64(self._base, self._end)
+        if len(log) > self._half:
+            raise SeamStoreFullError(f"SEAM state of {len(log)} bytes does not fit {self._half}")
+        self._begin = self._end = _START + self._half if self._begin == _START else _START
         self._append(log)
 
 

@@ -22,7 +22,6 @@ from bus.messages import (
     Seamcall,
     SeamcallEvent,
     Seamret,
-    Start,
     Stop,
     Waits,
 )
@@ -80,8 +79,6 @@ class SeamldrService:
                 self.node.endpoint.send(LAUNCHER, Waits(self._held(), "", self.node.recorder.written))
             case Stop():
                 self.stopping = True
-            case Start():
-                pass
             case body:
                 self.node.emit("refused", reason="unexpected", head=type(body).__name__)
 

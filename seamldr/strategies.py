@@ -205,11 +205,12 @@ def _from_file(path: Path, function: str) -> Strategy:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise StrategyError(f"strategy file {path} does not load: {type(error).__name__}: {error}") from error
     found = getattr(module, function, None)
     if found is None:
-        has = ", ".join(n for n, f in vars(module).items() if inspect.iscoroutinefunction(f)) or "no async function"
+        own = [n for n, f in vars(module).items() if inspect.iscoroutinefunction(f) and f.__module__ == module.__name__]
+        has = ", ".join(own) or "no async function of its own"
         raise StrategyError(f"strategy file {path} has no function {function!r}; it has: {has}")
     if not inspect.iscoroutinefunction(found) or len(inspect.signature(found).parameters) != 3:
         raise StrategyError(f"{path}:{function} must be `async def {function}(cpu, fn, args)`")

@@ -13,6 +13,7 @@ import msgspec
 
 from bus.memory import PAGE_SIZE
 from cpu.cpu import Cpu, RawSpinLock
+from cpu.hotplug_lock import cpus_read_lock, cpus_read_unlock
 from cpu.layout import KERNEL, TDX_STATE, UPDATE_CTRL, per_cpu
 from cpu.stop_machine import online_cpus, stop_machine
 from seamldr.api import boot_cpu_has_bug
@@ -71,6 +72,7 @@ async def seamldr_install_module(cpu: Cpu, pages: tuple[int, ...], length: int, 
         cpu.emit("update_refused", errno=-error.errno, why=str(error))
         return -error.errno
     await cpu.write_phys(params_page, _seamldr_params(image, pages))
+    await cpus_read_lock(cpu)
     update = await cpu.atomic_add(KERNEL.next_update, 1)
     online = await online_cpus(cpu)
     await cpu.store(UPDATE_CTRL.params, params_page)
@@ -82,6 +84,7 @@ async def seamldr_install_module(cpu: Cpu, pages: tuple[int, ...], length: int, 
     await cpu.store(UPDATE_CTRL.state, ModuleUpdateState.SHUTDOWN)
     ret = await stop_machine(cpu, "do_seamldr_install_module", params_page)
     cpu.emit("update_end", update=update, ret=ret)
+    await cpus_read_unlock(cpu)
     return ret
 
 

@@ -7,7 +7,6 @@ from collections import Counter
 from random import Random
 
 import pytest
-from stepping import Body, Stepped, module
 
 from bus.events import EVENTS
 from bus.judge import judge_records
@@ -16,6 +15,7 @@ from cpu.apic import Vector
 from cpu.cpu import Cpu
 from cpu.layout import BUFFERS, task_vmcs
 from cpu.loop import Priority, Thread
+from kvm.stepped import Body, Stepped, module
 from kvm.vcpu import vcpu_of
 from kvm.vmx import VmxVcpu, vcpu_thread
 from seamldr.image import build_v2
@@ -23,7 +23,7 @@ from seamldr.strategies import STRATEGIES
 from seamldr.update import seamldr_install_module, seamldr_version_show
 
 CPUS = 2
-SEEDS = range(24)
+SEEDS = range(18)
 IMAGE_AT = BUFFERS + 0x20_0000
 PARAMS = BUFFERS + 0x10_0000
 INFO_PAGES = BUFFERS + 0x11_0000

@@ -1,0 +1,137 @@
+"""A whole machine of a few CPUs, stepped in one process: firmware, a running TDX module, helpers to run kernel code.
+
+What the live machine does with processes is done here by plain calls; who steps next is decided by whoever drives it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import Any, Literal
+
+import msgspec
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from bus.judge import Judgement, judge_records
+from bus.memory import PhysicalMemory
+from bus.records import Record
+from cpu.cpu import Cpu
+from cpu.layout import BUFFERS, TDX_STATE, memory_size, task_vmcs
+from cpu.loop import Priority, Thread
+from cpu.stepped import SteppedMachine
+from cpu.stop_machine import cpu_stopper_thread
+from kvm.compose import Knobs, kernel, vmx_config
+from kvm.hardware import cpu_up
+from kvm.hotplug import cpuhp_thread
+from kvm.vcpu import vcpu_of
+from kvm.vmx import VmxVcpu
+from seamldr.arbiter import SteppedArbiter
+from seamldr.identity import make_identity
+from seamldr.image import ModuleImage
+from seamldr.module_maker import make_module
+from seamldr.seam import SeamSide, platform_of
+from seamldr.sigstruct import SigStruct, new_key, signer_hash
+from seamldr.strategies import Strategy
+from seamldr.update import version_word
+
+Body = Callable[[Cpu], Coroutine[Any, Any, Any]]
+
+
+@functools.cache
+def signing_key() -> rsa.RSAPrivateKey:
+    """One key for all machines of a process."""
+    return new_key()
+
+
+@functools.cache
+def module(version: str, profile: Literal["A", "B"] = "A") -> ModuleImage:
+    """A signed module."""
+    return make_module(make_identity(version, profile), key=signing_key())
+
+
+class Stepped:
+    """Machine, arbiter and SEAM side, with every CPU up and its stopper asleep."""
+
+    def __init__(self, strategy: str | Strategy, *, cpus: int = 1, tds: int = 0, **knobs: Any) -> None:
+        settings = Knobs(**knobs)
+        knob_values = msgspec.structs.asdict(settings)
+        self.described = {"strategy": str(strategy), "knobs": knob_values, "cpus": cpus, "tds": tds}
+        memory = PhysicalMemory.private(memory_size(cpus))
+        image = module("1.5.08", "B" if settings.module_profile == "B" else "A")
+        trusted = signer_hash(SigStruct.decode(image.sigstruct))
+        platform = platform_of(cpus, settings.fms, settings.seamldr_profile, settings.seamdb_size, (trusted,))
+        self.seam = SeamSide(platform, memory)
+        self.seam.load(image, BUFFERS)
+        self.seam.boot_module()
+        self.tds = self.seam.build_tds(tds)
+        config = vmx_config(settings)
+        self.machine = SteppedMachine(cpus, config, kernel(strategy, settings, cpus), memory)
+        self.arbiter = SteppedArbiter(self.machine, self.seam)
+        memory.store(TDX_STATE.initialized, 1, 0)
+        memory.store(TDX_STATE.version, version_word(1, 5, 8), 0)
+        memory.store(TDX_STATE.nr_keyids, tds, 0)
+        for number in range(cpus):
+            self.run(cpu_up, number)
+            cpu = self.machine.cpus[number]
+            self.machine.start(number, Thread(f"migration/{number}", Priority.STOPPER, cpu_stopper_thread(cpu)))
+            self.machine.start(number, Thread(f"cpuhp/{number}", Priority.KERNEL, cpuhp_thread(cpu)))
+        self.machine.run()
+        self.machine.records.clear()
+
+    @property
+    def memory(self) -> PhysicalMemory:
+        """Physical memory."""
+        return self.machine.memory
+
+    def cpu(self, number: int = 0) -> Cpu:
+        """One CPU."""
+        return self.machine.cpus[number]
+
+    def start(self, body: Body, number: int = 0, name: str = "task") -> Thread:
+        """Put kernel code on a CPU as a thread."""
+        thread = Thread(name, Priority.KERNEL, body(self.machine.cpus[number]))
+        self.machine.start(number, thread)
+        return thread
+
+    def run(self, body: Body, number: int = 0, name: str = "task") -> Any:
+        """Run kernel code on a CPU until the whole machine sleeps; its result."""
+        thread = self.start(body, number, name)
+        self.machine.run()
+        return thread.result
+
+    def new_vcpu(self, task: int, number: int = 0) -> VmxVcpu:
+        """A created vCPU that is loaded nowhere."""
+        vcpu = VmxVcpu(task, vcpu_of(task))
+
+        async def create(cpu: Cpu) -> None:
+            await vcpu.create(cpu, task_vmcs(task))
+            await cpu.static_call("loaded_vmcs_clear_current")
+
+        self.run(create, number)
+        return vcpu
+
+    def events(self, *names: str, cpu: int | None = None) -> list[dict[str, Any]]:
+        """Records by event name."""
+        nodes = None if cpu is None else f"cpu{cpu}"
+        return [r for r in self.machine.records if r["event"] in names and nodes in (None, r["node"])]
+
+    def count(self, event: str, **fields: Any) -> int:
+        """How many records of an event have these fields."""
+        return sum(all(r.get(k) == v for k, v in fields.items()) for r in self.events(event))
+
+    def judge(self, *, finished: bool = True) -> Judgement:
+        """The records so far, held against every invariant, as those of a run that has come to its end here."""
+        begin = self._launcher(0, "machine_begin", **self.described, seed=0, vcpus=0, updates=0)
+        last = max(cpu.clock.now for cpu in self.machine.cpus) + 1
+        end = self._launcher(last, "machine_end", finished=int(finished), why="")
+        seen: Counter[str] = Counter()
+        numbered = []
+        for record in self.machine.records:
+            seen[record["node"]] += 1
+            numbered.append(record | {"seq": seen[record["node"]]})
+        return judge_records([begin, *numbered, end])
+
+    def _launcher(self, clock: int, event: str, **fields: Any) -> Record:
+        head = {"ts": self.machine.steps, "clock": clock, "node": "launcher", "pid": 1, "seq": 1 + bool(clock)}
+        return head | {"event": event} | fields

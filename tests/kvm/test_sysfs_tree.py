@@ -1,0 +1,350 @@
+"""The tree of the update's interface over a kernel that answers as a test tells it to."""
+
+from __future__ import annotations
+
+import functools
+import os
+import stat
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from errno import EBUSY, EINVAL, EIO, ENOSPC
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+import trio
+import trio.testing
+
+from kvm.stepped import module
+from kvm.sysfs import SysfsError, check_sysfs_dir, serve_sysfs, sysfs_directory
+from seamldr.image import build_v1, build_v2
+from seamldr.structures import SeamldrInfo
+
+T = TypeVar("T")
+DEVICE, CLASS = "devices/faux/tdx_host", "class/firmware"
+NODES = ("tdx_module", "seamldr_upload")
+
+
+class FakeHost:
+    """A kernel with 7 updates left. `gate` set: installs go on."""
+
+    def __init__(self) -> None:
+        self.info = (0, 7)
+        self.result = 0
+        self.running: str | None = "1.5.08"
+        self.online = True
+        self.gate = trio.Event()
+        self.gate.set()
+        self.installed: list[bytes] = []
+        self.refused: list[int] = []
+        self.lines: list[str] = []
+        self.calls = 0
+        self.lock = trio.Lock()
+
+    async def seamldr_info(self) -> tuple[int, SeamldrInfo | None]:
+        """One call."""
+        self.calls += 1
+        errno, remaining = self.info
+        seamextend = SeamldrInfo.decode(bytes(256)).seamextend
+        info = SeamldrInfo(0, 0, 0x8086, 0, 0, 5, 1, 2, 0, remaining, seamextend, 0)
+        return errno, None if errno else info
+
+    async def install(self, image: bytes, length: int) -> int:
+        """As long as the gate is shut."""
+        async with self.lock:
+            await self.gate.wait()
+            self.installed.append(image)
+            if not self.result:
+                self.running = "1.5.09"
+            return self.result
+
+    async def settled(self) -> None:
+        """When no install runs."""
+        async with self.lock:
+            pass
+
+    def version(self) -> str | None:
+        """Of the module."""
+        return self.running
+
+    def all_online(self) -> bool:
+        """All CPUs."""
+        return self.online
+
+    def log(self, text: str) -> None:
+        """Kept."""
+        self.lines.append(text)
+
+    def refuse(self, error: int, why: str) -> None:
+        """Kept."""
+        self.refused.append(error)
+
+
+class Client:
+    """What a client does with the files, in a thread of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.device = root / DEVICE
+
+    async def read(self, path: str | Path) -> str:
+        """Open and read."""
+        return await trio.to_thread.run_sync((self.root / path).read_text, abandon_on_cancel=True)
+
+    async def write(self, path: str, content: str | bytes) -> None:
+        """Open, write, close."""
+        data = content.encode() if isinstance(content, str) else content
+        await trio.to_thread.run_sync(functools.partial(_write, self.root / path, data), abandon_on_cancel=True)
+
+    async def start(self, node: str, image: bytes) -> None:
+        """Up to the write that starts the upload."""
+        await self.write(f"{CLASS}/{node}/loading", "1")
+        await self.write(f"{CLASS}/{node}/data", image)
+        await self.write(f"{CLASS}/{node}/loading", "0")
+
+    async def upload(self, node: str, image: bytes) -> str:
+        """A whole upload; what `error` says."""
+        await self.start(node, image)
+        while await self.read(f"{CLASS}/{node}/status") != "idle\n":
+            await trio.lowlevel.checkpoint()
+        return await self.read(f"{CLASS}/{node}/error")
+
+
+def _files(root: Path) -> list[str]:
+    return [str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()]
+
+
+def _real(path: Path) -> str:
+    return str(path.resolve())
+
+
+def _write(path: Path, data: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_TRUNC)
+    try:
+        os.write(fd, data)
+    finally:
+        os.close(fd)
+
+
+@asynccontextmanager
+async def tree(root: Path, host: FakeHost, supported: bool = True) -> AsyncIterator[Client]:
+    """The tree, and a client of it."""
+    with trio.fail_after(20):
+        async with serve_sysfs(root, host, supported):
+            yield Client(root)
+
+
+V1, V2 = build_v1(module("1.5.09")), build_v2(module("1.5.09"))
+IMAGE = {"tdx_module": V2, "seamldr_upload": V1}
+
+
+@pytest.mark.parametrize("node", NODES)
+async def test_an_upload_installs_the_image_that_the_kernel_reads(tmp_path: Path, node: str) -> None:
+    """Both nodes install the same version 2 container, the older one from a version 1 file."""
+    host = FakeHost()
+    async with tree(tmp_path, host) as client:
+        assert await client.read(f"{DEVICE}/version") == "1.5.08\n"
+        assert await client.upload(node, IMAGE[node]) == ""
+        assert await client.read(f"{DEVICE}/version") == "1.5.09\n"
+        assert await client.read(f"{CLASS}/{node}/remaining_size") == "0\n"
+    assert host.installed == [V2] and host.lines == []
+
+
+@pytest.mark.parametrize("node", NODES)
+async def test_each_node_takes_its_own_container_only(tmp_path: Path, node: str) -> None:
+    """The older node refuses a version 2 file by itself; the merged one hands a version 1 file on to be refused."""
+    host = FakeHost()
+    host.result = -EINVAL
+    async with tree(tmp_path, host) as client:
+        wrong = V2 if node == "seamldr_upload" else V1
+        assert await client.upload(node, wrong) == "transferring:firmware-invalid\n"
+        assert await client.read(f"{CLASS}/{node}/remaining_size") == f"{len(wrong)}\n"
+        assert await client.read(f"{DEVICE}/version") == "1.5.08\n"
+    assert host.installed == ([] if node == "seamldr_upload" else [V1])
+    assert host.refused == ([-EINVAL] if node == "seamldr_upload" else [])
+
+
+def _offline(host: FakeHost) -> None:
+    host.online = False
+
+
+def _silent(host: FakeHost) -> None:
+    host.info = (-EIO, 0)
+
+
+def _used_up(host: FakeHost) -> None:
+    host.info = (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "errno", "error"),
+    [(_offline, EBUSY, "device-busy"), (_silent, EIO, "hw-error"), (_used_up, ENOSPC, "flash-wearout")],
+    ids=["cpu-offline", "info-fails", "H17-none-remains"],
+)
+async def test_the_older_driver_looks_before_it_begins(
+    tmp_path: Path, spoil: Callable[[FakeHost], None], errno: int, error: str
+) -> None:
+    """It refuses what cannot succeed with an error of its own, harmlessly; the merged driver goes ahead."""
+    host = FakeHost()
+    spoil(host)
+    async with tree(tmp_path, host) as client:
+        assert await client.upload("seamldr_upload", V1) == f"transferring:{error}\n"
+        assert host.refused == [-errno] and host.installed == []
+        assert await client.upload("tdx_module", V2) == ""
+        assert host.refused == [-errno] and host.installed == [V2]
+
+
+@pytest.mark.parametrize("node", NODES)
+async def test_while_an_upload_runs(tmp_path: Path, node: str) -> None:
+    """Its files say so, `error` cannot be read, `data` and a second start do nothing; afterwards all is as before."""
+    host = FakeHost()
+    host.gate = trio.Event()
+    async with tree(tmp_path, host) as client:
+        base = f"{CLASS}/{node}"
+        await client.start(node, IMAGE[node])
+        assert await client.read(f"{base}/status") in ("preparing\n", "transferring\n")
+        assert await client.read(f"{base}/loading") == "0\n"
+        assert await client.read(f"{base}/remaining_size") == f"{len(IMAGE[node])}\n"
+        with pytest.raises(FileNotFoundError):
+            await client.read(f"{base}/error")
+        await client.start(node, b"another image")
+        assert await client.read(f"{base}/status") == "transferring\n"
+        host.gate.set()
+        while await client.read(f"{base}/status") != "idle\n":
+            await trio.lowlevel.checkpoint()
+        assert await client.read(f"{base}/error") == "" and await client.read(f"{base}/data") == ""
+    assert host.installed == [V2]
+
+
+async def test_the_version_waits_for_the_end_of_an_install(tmp_path: Path) -> None:
+    """Who opens `version` in the middle of an update reads the new one, never the old one with the new module."""
+    host = FakeHost()
+    host.gate = trio.Event()
+    async with tree(tmp_path, host) as client:
+        await client.start("tdx_module", V2)
+        await client.read(f"{CLASS}/tdx_module/status")
+        found: list[str] = []
+
+        async def read() -> None:
+            found.append(await client.read(f"{DEVICE}/version"))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            assert found == []
+            host.gate.set()
+        assert found == ["1.5.09\n"]
+
+
+async def test_version_tells_fatal_from_harmless(tmp_path: Path) -> None:
+    """After a failure that left TDX uninitialized, `error` is the same but `version` cannot be read any more."""
+    host = FakeHost()
+    host.result = -EIO
+    async with tree(tmp_path, host) as client:
+        assert await client.upload("tdx_module", V2) == "transferring:firmware-invalid\n"
+        assert await client.read(f"{DEVICE}/version") == "1.5.08\n"
+        host.running = None
+        assert await client.upload("tdx_module", V2) == "transferring:firmware-invalid\n"
+        with pytest.raises(FileNotFoundError):
+            await client.read(f"{DEVICE}/version")
+
+
+async def test_each_read_of_a_loader_attribute_is_a_call(tmp_path: Path) -> None:
+    """Under both names, one read is one P-SEAMLDR call, and one that fails leaves nothing to read."""
+    host = FakeHost()
+    async with tree(tmp_path, host) as client:
+        for path in ("seamldr_version", "seamldr/version"):
+            assert await client.read(f"{DEVICE}/{path}") == "1.5.02\n"
+        for path in ("num_remaining_updates", "seamldr/num_remaining_updates"):
+            assert await client.read(f"{DEVICE}/{path}") == "7\n"
+        assert host.calls == 4
+        host.info = (-EIO, 0)
+        assert await client.read(f"{DEVICE}/seamldr_version") == ""
+    assert host.calls == 5
+
+
+async def test_writes_that_would_fail_are_in_the_kernel_log(tmp_path: Path) -> None:
+    """They are taken and do nothing."""
+    host = FakeHost()
+    async with tree(tmp_path, host) as client:
+        base = f"{CLASS}/tdx_module"
+        for file, text in (("cancel", "maybe"), ("cancel", "1"), ("loading", "0"), ("loading", "5")):
+            await client.write(f"{base}/{file}", text)
+        assert await client.read(f"{base}/status") == "idle\n"
+    start = "firmware tdx_module: "
+    assert host.lines == [
+        f"{start}a write to cancel returns -EINVAL",
+        f"{start}a write to cancel returns -ENODEV",
+        f"{start}firmware_loading_store: unexpected value (0)",
+        f"{start}firmware_loading_store: unexpected value (5)",
+    ]
+
+
+async def test_modes_and_names(tmp_path: Path) -> None:
+    """Modes are those of the kernel, of both versions; the class's directories are links into the device."""
+    async with tree(tmp_path, FakeHost()) as client:
+        modes = {path: stat.S_IMODE((client.device / path).stat().st_mode) for path in _files(client.device)}
+        links = [_real(tmp_path / CLASS / node) for node in NODES]
+        assert links == [str(client.device / "firmware" / node) for node in NODES]
+    upload = dict.fromkeys(("status", "error", "remaining_size"), 0o444)
+    upload |= {"loading": 0o644, "data": 0o644, "cancel": 0o200}
+    assert modes == {
+        "version": 0o444,
+        "seamldr_version": 0o400,
+        "num_remaining_updates": 0o400,
+        "seamldr/version": 0o444,
+        "seamldr/num_remaining_updates": 0o444,
+        **{f"firmware/{node}/{name}": mode for node in NODES for name, mode in upload.items()},
+    }
+
+
+async def test_without_support_only_the_version_is_there(tmp_path: Path) -> None:
+    """I48: on a CPU with the erratum and the gate on, nothing that would call P-SEAMLDR is visible."""
+    async with tree(tmp_path, FakeHost(), supported=False) as client:
+        assert _files(tmp_path) == [f"{DEVICE}/version"]
+        assert await client.read(f"{DEVICE}/version") == "1.5.08\n"
+
+
+def test_which_directories_are_accepted(tmp_path: Path) -> None:
+    """A new one with a parent, or an empty one; nothing of the user's is ever removed."""
+    check_sysfs_dir(tmp_path / "new")
+    check_sysfs_dir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    for bad in (tmp_path, tmp_path / "file", tmp_path / "no" / "such", tmp_path / "file" / "below"):
+        with pytest.raises(SysfsError) as caught:
+            check_sysfs_dir(bad)
+        assert str(bad) in str(caught.value) and "\n" not in str(caught.value)
+    with sysfs_directory(tmp_path):
+        (tmp_path / "devices").mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    with sysfs_directory(tmp_path / "new"):
+        assert (tmp_path / "new").is_dir()
+    assert not (tmp_path / "new").exists()
+
+
+def test_clients_in_a_hurry_do_not_lose_an_upload(tmp_path: Path) -> None:
+    """Two clients that fight for one node in tight loops leave it usable, and every upload ends with a word."""
+    host = FakeHost()
+    errors: list[str] = []
+
+    def fight() -> None:
+        node = tmp_path / CLASS / "tdx_module"
+        for _ in range(10):
+            _write(node / "loading", b"1")
+            _write(node / "data", V2)
+            _write(node / "loading", b"0")
+
+    async def main() -> None:
+        async with tree(tmp_path, host) as client:
+            threads = [threading.Thread(target=fight) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                await trio.to_thread.run_sync(thread.join)
+            while await client.read(f"{CLASS}/tdx_module/status") != "idle\n":
+                await trio.lowlevel.checkpoint()
+            errors.append(await client.upload("tdx_module", V2))
+
+    trio.run(main)
+    assert errors == [""] and host.installed[-1] == V2
