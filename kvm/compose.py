@@ -63,7 +63,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "vmxon_owner": ("core", "kvm"),
     "offline_irqs": ("on", "off"),
     "enforce_gate": ("auto", "on", "off"),
-    "avoid_compat_sensitive": ("off", "always"),
+    "avoid_compat_sensitive": ("off", "if_supported", "always"),
     "seamldr_profile": ("P15", "P20"),
     "module_profile": ("A", "B"),
 }

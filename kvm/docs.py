@@ -66,13 +66,28 @@ MEANINGS: dict[str, tuple[str, dict[str, str]]] = {
             "rt": "as `full`, and a plain spinlock is a lock that sleeps; a raw one, such as seamldr_lock, is not",
         },
     ),
+    "vmxon_owner": (
+        "Who executes VMXON and VMXOFF.",
+        {
+            "core": "the core kernel, which counts the users of VMX operation; a TDX host always stays in it",
+            "kvm": "KVM alone, as before that series: without KVM no SEAMCALL is possible",
+        },
+    ),
+    "offline_irqs": (
+        "Interrupts in KVM's CPU-offline callback, which clears every VMCS of the CPU.",
+        {"on": "on, as in Linux: a clear IPI may come in the middle", "off": "off"},
+    ),
     "enforce_gate": (
         "Whether the kernel refuses module updates on a CPU with the erratum.",
         {"auto": "only with the strategy `refuse-on-erratum`", "on": "yes", "off": "no"},
     ),
     "avoid_compat_sensitive": (
         "Whether TDH.SYS.SHUTDOWN is asked to refuse while a TD is being built.",
-        {"off": "no", "always": "yes"},
+        {
+            "off": "no, as merged",
+            "if_supported": "if TDX_FEATURES0 of the running module has UPDATE_COMPATIBILITY (bit 47)",
+            "always": "yes; a module that does not know the flag refuses every update",
+        },
     ),
     "seamdb_size": ("How many modules may be installed, 1 to 1,048,576: entries of the SEAMDB of P-SEAMLDR.", {}),
     "fms": ("CPUID.1.EAX (family, model, stepping); an image has a table of those that it is for.", {}),

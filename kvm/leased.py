@@ -190,14 +190,20 @@ class BufferFile:
 
     def look(self) -> None:
         """Let whoever waits go on: what was done before is known now."""
+        self._lease_again()
         if self._is_leased and self.leased.awaited_for() is not None:
             self.leased.release()
             self._is_leased = False
 
     def event(self, sheet: Sheet, mask: int) -> None:
         """Closed by all: the next open has to wait again."""
-        if mask & CLOSED and not self._is_leased:
-            self._is_leased = sheet.lease()
+        if mask & CLOSED:
+            self._lease_again()
+
+    def _lease_again(self) -> None:
+        """May fail right after a close: Linux tells of it before the file counts as closed. Then the next look does."""
+        if not self._is_leased:
+            self._is_leased = self.leased.lease()
 
     def clear(self) -> None:
         """Drop all bytes."""

@@ -82,6 +82,11 @@ def seamcall_errno(status: int) -> int:
 async def seamcall_prerr(cpu: Cpu, fn: int, args: TdxModuleArgs) -> int:
     """SEAMCALL with retry; 0 or a negative errno, logged unless SEAM was not there at all."""
     status, _ = await sc_retry(cpu, fn, args)
+    return report_seamcall(cpu, fn, status)
+
+
+def report_seamcall(cpu: Cpu, fn: int, status: int) -> int:
+    """The errno of a status, logged if it is an error that SEAM itself returned."""
     errno = seamcall_errno(status)
     if errno == -EIO:
         prefix = "seamldr" if fn >> 63 else "virt/tdx"

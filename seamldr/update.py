@@ -7,7 +7,7 @@ CPU run `do_seamldr_install_module` under stop_machine: a lock-step through five
 from __future__ import annotations
 
 import enum
-from errno import EINVAL, EIO, ENODEV
+from errno import EBUSY, EINVAL, EIO, ENODEV
 
 import msgspec
 
@@ -19,7 +19,7 @@ from cpu.stop_machine import online_cpus, stop_machine
 from seamldr.api import boot_cpu_has_bug
 from seamldr.call import seamldr_call
 from seamldr.image import FRAMING_RULES, Framing, ImageError
-from seamldr.seamcall import TdxModuleArgs, seamcall_errno, seamcall_prerr, seamcall_ret
+from seamldr.seamcall import TdxModuleArgs, report_seamcall, seamcall_errno, seamcall_prerr, seamcall_ret
 from seamldr.status import Scenario, SeamldrLeaf
 from seamldr.structures import SeamldrParams
 from seamldr.tdx_leaves import TdhLeaf
@@ -27,6 +27,13 @@ from seamldr.tdx_leaves import TdhLeaf
 FIELD_MODULE_HV = 0x8900_0001_0000_0000
 VERSION_FIELDS = (0x0800_0001_0000_0004, 0x0800_0001_0000_0003, 0x0800_0001_0000_0005)
 """MAJOR_VERSION, MINOR_VERSION, UPDATE_VERSION."""
+
+FIELD_TDX_FEATURES0 = 0x0A00_0003_0000_0008
+FEATURE_UPDATE_COMPATIBILITY = 1 << 47
+AVOID_COMPAT_SENSITIVE = 1 << 16
+"""Flag in RCX of TDH.SYS.SHUTDOWN."""
+STATUS_MASK = 0xFFFF_FFFF_0000_0000
+TDX_UPDATE_COMPAT_SENSITIVE = 0x8000_0512_0000_0000
 
 LEAD_CPU = 0
 
@@ -162,10 +169,12 @@ async def tdx_module_shutdown(cpu: Cpu) -> int:
     if status:
         return seamcall_errno(status)
     handoff_version = registers[2]
-    flags = AVOID_COMPAT_SENSITIVE if cpu.kernel.knobs["avoid_compat_sensitive"] == "always" else 0
-    ret = await seamcall_prerr(cpu, TdhLeaf.TDH_SYS_SHUTDOWN, TdxModuleArgs(rcx=handoff_version | flags))
-    if ret:
-        return ret
+    args = TdxModuleArgs(rcx=handoff_version | await _shutdown_flags(cpu))
+    status, _ = await seamcall_ret(cpu, TdhLeaf.TDH_SYS_SHUTDOWN, args)
+    if status & STATUS_MASK == TDX_UPDATE_COMPAT_SENSITIVE:
+        return -EBUSY
+    if status:
+        return report_seamcall(cpu, TdhLeaf.TDH_SYS_SHUTDOWN, status)
     await _set_initialized(cpu, 0, await cpu.load(TDX_STATE.version))
     await cpu.store(TDX_STATE.sysinit_done, 0)
     await cpu.store(TDX_STATE.sysinit_ret, 0)
@@ -174,7 +183,13 @@ async def tdx_module_shutdown(cpu: Cpu) -> int:
     return 0
 
 
-AVOID_COMPAT_SENSITIVE = 1 << 16
+async def _shutdown_flags(cpu: Cpu) -> int:
+    """Whether the module is asked to refuse while a TD is being built; merged Linux does not ask."""
+    ask = cpu.kernel.knobs["avoid_compat_sensitive"]
+    if ask == "if_supported":
+        status, registers = await seamcall_ret(cpu, TdhLeaf.TDH_SYS_RD, TdxModuleArgs(rdx=FIELD_TDX_FEATURES0))
+        ask = "always" if not status and registers[2] & FEATURE_UPDATE_COMPATIBILITY else "off"
+    return AVOID_COMPAT_SENSITIVE if ask == "always" else 0
 
 
 async def tdx_cpu_enable(cpu: Cpu) -> int:

@@ -165,7 +165,7 @@ def test_bad_input_is_one_clear_line_and_status_2(
 
 
 def test_a_made_module_is_inspected_verified_and_installed(tmp_path: Path) -> None:
-    """`module make` signs with a key of its own; verify and run trust it by the hash beside it; v1 is reframed, said so."""
+    """`module make` signs with a new key; verify and run trust it by the hash beside it; v1 is reframed, said so."""
     image = tmp_path / "module.bin"
     assert "1.5.13" in seamlab("module", "make", str(image), "--version", "1.5.13", "--v1").stdout
     shown = seamlab("module", "inspect", str(image))

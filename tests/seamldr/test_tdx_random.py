@@ -167,14 +167,14 @@ class AnyHost(RuleBasedStateMachine):
     @precondition(lambda self: len(self.tds) < 3)
     @rule(hkid=st.integers(33, 36), lp=LPS_)
     def begin_build(self, hkid: int, lp: int) -> None:
-        """A TD in build with one vCPU, and a second one that is only created."""
+        """A TD in build with one vCPU, and a second one that is only created, unless random calls took the pages."""
         if all(map(self.idle, range(LPS))):
             try:
                 td = self.host.add_vcpu(self.host.new_td(hkid), lp=lp)
+                self.tds.append(td)
+                must(self.host.tdx, lp, TdhLeaf.TDH_VP_CREATE, rcx=next(self.host.pages), rdx=td.tdr)
             except BootError:
                 return
-            self.tds.append(td)
-            must(self.host.tdx, lp, TdhLeaf.TDH_VP_CREATE, rcx=next(self.host.pages), rdx=td.tdr)
 
     @precondition(lambda self: self.tds)
     @rule(lp=LPS_, td=st.integers(0, 2), vcpu=st.integers(0, 1), units=st.integers(0, 3))
