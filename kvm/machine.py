@@ -67,7 +67,7 @@ class Machine:
         self.online_seconds = 0.0
         self.run_seconds = 0.0
         self.killed = 0
-        self._online = 0
+        self._online = self._expected = 0
         self._waits: dict[str, Waits] = {}
         self._broken: str | None = None
         self._ended = False
@@ -117,8 +117,14 @@ class Machine:
         self._nursery.start_soon(self._receive)
         self._nursery.start_soon(self._hear_parent)
         stack.push_async_callback(self._stop_all)
-        await self._spawn_all()
-        await self._all_online()
+        self.processes = {node: Process(node, 1) for node in self.spec.nodes()}
+        try:
+            await self._parent.begin(self.spec)
+        except OSError:
+            self._break(PARENT_GONE)
+        # Firmware first: a CPU that comes up asks the TDX module to know it.
+        await self._bring_up([SEAMLDR])
+        await self._bring_up([KVM, *self.spec.cpu_nodes()])
         self.online_seconds = monotonic() - began
         self.node.endpoint.send(KVM, Start())
 
@@ -138,25 +144,22 @@ class Machine:
         )
         self.node.emit("process_online", name=LAUNCHER, incarnation=1)
 
-    async def _spawn_all(self) -> None:
-        self.processes = {node: Process(node, 1) for node in self.spec.nodes()}
+    async def _bring_up(self, nodes: list[str]) -> None:
+        """Start these processes and wait until they are online; raises `MachineError`."""
+        self._expected += len(nodes)
         try:
-            await self._parent.begin(self.spec)
-            for process in self.processes.values():
-                await self._parent.spawn(_role(process.node), process.node, process.incarnation)
+            for node in nodes:
+                await self._parent.spawn(_role(node), node, self.processes[node].incarnation)
         except OSError:
             self._break(PARENT_GONE)
-
-    async def _all_online(self) -> None:
-        total = len(self.processes)
         with trio.move_on_after(ONLINE_S + ONLINE_PER_CPU_S * self.spec.cpus):
-            while not self._broken and self._online < total:
+            while not self._broken and self._online < self._expected:
                 await self._moved.wait()
         if self._broken:
             raise MachineError(self._broken)
-        if self._online < total:
-            late = [process.node for process in self.processes.values() if not process.online]
-            raise MachineError(f"{len(late)} of {total} processes did not come online, {late[0]} among them")
+        late = [node for node in nodes if not self.processes[node].online]
+        if late:
+            raise MachineError(f"{len(late)} of {len(nodes)} processes did not come online, {late[0]} among them")
 
     def _progressed(self) -> None:
         self._moved.set()
@@ -194,7 +197,7 @@ class Machine:
         if process.online:
             self.node.emit("process_online", name=process.node, incarnation=process.incarnation)
             self._online += 1
-            if self._online == len(self.processes):
+            if self._online == self._expected:
                 self._progressed()
 
     def _progress(self, facts: dict[str, int]) -> None:

@@ -51,6 +51,7 @@ def test_run_json_is_one_object_with_every_documented_key(safe_run: tuple[Path, 
     assert summary["exposures"]["lost_vmcs"] > 0
     assert summary["vmx"]["vmread"] > 0 and summary["vmx"]["vmread_errors"] == 0
     assert summary["seamcalls"]["SEAMLDR.INSTALL"] == 2 and summary["seamcalls"]["TDH.SYS.UPDATE"] == 1
+    assert summary["kernel_log"] == {}
     assert summary["lock"]["max_holders"] == 1 and summary["lock"]["last_token"] >= summary["updates"]["succeeded"]
 
 

@@ -104,7 +104,7 @@ async def test_cancelled_while_it_starts(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ("os.fork = no_fork", "process seamldr cannot be forked: Resource temporarily unavailable"),
-        ('kvm.parent.ROLES["cpu"] = lambda *_: signal.pause()', "2 of 4 processes did not come online, cpu0 among"),
+        ('kvm.parent.ROLES["cpu"] = lambda *_: signal.pause()', "2 of 3 processes did not come online, cpu0 among"),
         ('kvm.parent.ROLES["kvm"] = fail', "process kvm ended by itself with status 1: ValueError: this CPU is broken"),
         ("sys.exit(1)", "the parent of the machine's processes has died, and they with it"),
     ],
