@@ -155,13 +155,17 @@ class Launcher:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        while not (parents := [pid for pid in _living() if _has_parent(pid, self.process.pid)]):
-            time.sleep(0.005)
-        self.pidfds = [os.pidfd_open(parents[0])]
-        while not (directory := _socket_dir(parents[0])):
+        while not (found := self._parent()):
             assert self.process.poll() is None, self.process.communicate()
             time.sleep(0.005)
+        parent, directory = found
+        self.pidfds = [os.pidfd_open(parent)]
         self.socket_dir = Path(directory)
+
+    def _parent(self) -> tuple[int, str] | None:
+        """The machine's parent among the launcher's children, once its program is loaded, and its socket directory."""
+        children = [pid for pid in _living() if _has_parent(pid, self.process.pid)]
+        return next(((pid, directory) for pid in children if (directory := _socket_dir(pid))), None)
 
     def wait_online(self) -> None:
         """Until the workload begins."""

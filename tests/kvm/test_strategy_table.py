@@ -45,8 +45,8 @@ async def test_verdict_and_invariants(strategy: str, launch: str, tmp_path: Path
     topology = Topology(
         strategy=strategy,
         knobs=Knobs(seamret_launch=launch),
-        seconds=0.8,
-        updates=1,
+        seconds=1.5,
+        updates=2,
         run_dir=str(tmp_path / "run"),
     )
     async with Machine(topology) as machine:
