@@ -20,6 +20,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from time import monotonic, sleep
 
 import msgspec
 import trio
@@ -29,6 +30,8 @@ from bus.spec import MachineSpec
 
 PR_SET_PDEATHSIG = 1
 MAX_REQUEST = 1 << 20
+ALONE_S = 5.0
+"""How long the threads of the warm-up may take to be gone."""
 
 Role = Callable[[MachineSpec, str, int], None]
 
@@ -89,11 +92,18 @@ def warm_up() -> None:
     context = zmq.Context()
     context.socket(zmq.PULL).close()
     context.term()
-    threads = os.listdir("/proc/self/task")
-    if len(threads) != 1:
-        raise RuntimeError(f"the parent has {len(threads)} threads and may not fork")
+    _be_alone()
     gc.collect()
     gc.freeze()
+
+
+def _be_alone() -> None:
+    """Wait until this thread is the only one: one that was joined may be in /proc for a moment longer."""
+    deadline = monotonic() + ALONE_S
+    while (threads := len(os.listdir("/proc/self/task"))) != 1:
+        if monotonic() > deadline:
+            raise RuntimeError(f"the parent has {threads} threads and may not fork")
+        sleep(0.001)
 
 
 def die_with_parent(parent: int) -> None:
