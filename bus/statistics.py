@@ -190,8 +190,14 @@ class Statistics(Observer):
     def on_lock_grant(self, record: Record, shadow: Shadow) -> None:
         if record["lock"] == SEAMLDR_LOCK:
             self._waited_ns.append(record["waited_ns"])
-            self._max_holders = max(self._max_holders, record["holders"])
             self._last_token = record["number"]
+            self._max_holders = max(self._max_holders, record["holders"])
+
+    def on_lock_hold(self, record: Record, shadow: Shadow) -> None:
+        """What the CPUs themselves say counts too: the service knows only what it meant to grant."""
+        if record["lock"] == SEAMLDR_LOCK:
+            holding = {record["node"], *shadow.lock(SEAMLDR_LOCK).held}
+            self._max_holders = max(self._max_holders, len(holding))
 
     # Updates
 

@@ -112,12 +112,17 @@ FRAMING_RULES: tuple[tuple[str, Callable[[Framing], bool]], ...] = (
 """The kernel's checks on a header that is complete, in its order: what must hold, and the test."""
 
 
-def check_framing(blob: bytes) -> ModuleImage:
-    """Accept a firmware file exactly if the kernel does; zero pages of either part pass. Raises ImageError."""
-    framing = Framing.decode(blob)
+def obey_framing(framing: Framing) -> None:
+    """Raises ImageError for the first rule that a header breaks."""
     for rule, holds in FRAMING_RULES:
         if not holds(framing):
             raise ImageError(f"broken: {rule}")
+
+
+def check_framing(blob: bytes) -> ModuleImage:
+    """Accept a firmware file exactly if the kernel does; zero pages of either part pass. Raises ImageError."""
+    framing = Framing.decode(blob)
+    obey_framing(framing)
     split = (1 + framing.sigstruct_pages) * PAGE
     return ModuleImage(blob[PAGE:split], blob[split:])
 

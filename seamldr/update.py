@@ -18,7 +18,7 @@ from cpu.layout import KERNEL, TDX_STATE, UPDATE_CTRL, per_cpu
 from cpu.stop_machine import online_cpus, stop_machine
 from seamldr.api import boot_cpu_has_bug
 from seamldr.call import seamldr_call
-from seamldr.image import FRAMING_RULES, Framing, ImageError
+from seamldr.image import Framing, ImageError, obey_framing
 from seamldr.seamcall import TdxModuleArgs, report_seamcall, seamcall_errno, seamcall_prerr, seamcall_ret
 from seamldr.status import Scenario, SeamldrLeaf
 from seamldr.structures import SeamldrParams
@@ -98,9 +98,7 @@ async def seamldr_install_module(cpu: Cpu, pages: tuple[int, ...], length: int, 
 def check_header(header: bytes, length: int) -> Framing:
     """The kernel's checks on an image of `length` bytes, from its first page alone; raises ImageError."""
     framing = msgspec.structs.replace(Framing.decode(header), file_size=length)
-    for rule, holds in FRAMING_RULES:
-        if not holds(framing):
-            raise ImageError(f"broken: {rule}")
+    obey_framing(framing)
     return framing
 
 

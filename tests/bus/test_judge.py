@@ -242,6 +242,14 @@ def test_the_lock_is_measured_by_its_service() -> None:
     }
 
 
+def test_two_cpus_that_hold_the_lock_are_two_holders() -> None:
+    """`max_holders` believes the CPUs, not only the service, which can mean to grant only once."""
+    run = Run().cpu(0).write("lock_hold", lock="seamldr_lock", request=1, epoch=1, number=1, waited_ns=0)
+    run.cpu(1).write("lock_hold", lock="seamldr_lock", request=1, epoch=1, number=2, waited_ns=0)
+    lock = run.judge().as_dict()["lock"]
+    assert isinstance(lock, dict) and lock["max_holders"] == 2
+
+
 def test_the_summary_describes_the_machine() -> None:
     """Strategy, knobs, calls by name, processes, seconds and assumptions come from the records."""
     run = Run(seamret_launch="clear").online("cpu0").online("cpu1").cpu(1).write("cpu_online").cpu(0)
