@@ -69,6 +69,27 @@ class Finished(Message, frozen=True, tag="finished"):
     """The KVM process to the launcher: the workload of the run is done."""
 
 
+class Do(Message, frozen=True, tag="do"):
+    """The launcher to the KVM process, as an operator types it: `what` is to be done, to `cpu` or with the file `path`.
+
+    update: install the module image `path`, the worker on `cpu` if it is online; offline, online: take `cpu` out of or
+    into the online mask; read: read `seamldr_version` on `cpu`.
+    """
+
+    request: U64
+    what: Annotated[str, Meta(pattern=r"^(update|offline|online|read)\Z")]
+    cpu: CpuNumber = 0
+    path: Text = ""
+
+
+class Done(Message, frozen=True, tag="done"):
+    """The KVM process to the launcher: a `Do` has ended with `errno` (0 or negative)."""
+
+    request: U64
+    errno: int
+    text: Text = ""
+
+
 class Query(Message, frozen=True, tag="query"):
     """The launcher to a process: what do you wait for?"""
 
@@ -79,6 +100,31 @@ class Waits(Message, frozen=True, tag="waits"):
     what: Text
     on: Text
     operations: U64
+
+
+# Injected faults
+
+
+class ArmFault(Message, frozen=True, tag="arm_fault"):
+    """The launcher to a process: stand still when `point` is reached for the `nth` time, by `cpu` if it is not -1."""
+
+    fault: U32
+    point: Name
+    nth: U32
+    cpu: Annotated[int, Meta(ge=-1, lt=4096)] = -1
+
+
+class FaultReached(Message, frozen=True, tag="fault_reached"):
+    """A process to the launcher: the point of the fault is reached, I stand still; it concerns `cpu`, -1 for none."""
+
+    fault: U32
+    cpu: Annotated[int, Meta(ge=-1, lt=4096)] = -1
+
+
+class Proceed(Message, frozen=True, tag="proceed"):
+    """The launcher to a process: whatever the fault did is done, or the fault is taken back; go on."""
+
+    fault: U32
 
 
 # What processors send each other
@@ -123,6 +169,30 @@ class LockRelease(Message, frozen=True, tag="lock_release"):
     lock: Name
     epoch: U32
     number: U64
+
+
+class LockClaim(Message, frozen=True, tag="lock_claim"):
+    """A CPU to a lock service that has started again: I hold the lock under this token, or wait for it (token 0, 0).
+
+    `clock` is the Lamport time of the request.
+    """
+
+    lock: Name
+    level: U8
+    request: U64
+    clock: U64
+    epoch: U32 = 0
+    number: U64 = 0
+
+
+class ClaimsEnd(Message, frozen=True, tag="claims_end"):
+    """A CPU to a lock service that has started again: that was all that I hold and wait for."""
+
+
+class Fenced(Message, frozen=True, tag="fenced"):
+    """The lock service to the launcher: this CPU called P-SEAMLDR under a lease that had ended; halt it."""
+
+    cpu: CpuNumber
 
 
 # SEAM
@@ -238,6 +308,11 @@ Body = (
     | Stopped
     | Progress
     | Finished
+    | Do
+    | Done
+    | ArmFault
+    | FaultReached
+    | Proceed
     | Query
     | Waits
     | Ipi
@@ -245,6 +320,9 @@ Body = (
     | LockAcquire
     | LockGrant
     | LockRelease
+    | LockClaim
+    | ClaimsEnd
+    | Fenced
     | Seamcall
     | SeamcallEvent
     | Seamret

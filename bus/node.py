@@ -52,7 +52,9 @@ class Node:
 
 @contextlib.asynccontextmanager
 async def join(spec: MachineSpec, node: str, incarnation: int) -> AsyncIterator[Node]:
-    """Open records and endpoint; every other process of the machine is known to be in its first incarnation."""
+    """Open records and endpoint; every other process of the machine is known, in its first incarnation or as the spec
+    says.
+    """
     clock = LamportClock()
     recorder = open_records(Path(spec.run_dir, "records", f"{node}.jsonl"), node, clock, spec.trace)
     identity = Identity(node, incarnation)
@@ -63,6 +65,8 @@ async def join(spec: MachineSpec, node: str, incarnation: int) -> AsyncIterator[
     connections = len(spec.nodes()) + 1 if node in (LAUNCHER, SEAMLDR, KVM) else CONNECTIONS
     async with open_endpoint(identity, spec.socket_dir, spec.key, clock, on_refused, connections) as endpoint:
         endpoint.expect([LAUNCHER, *spec.nodes()])
+        for member in spec.members:
+            endpoint.member(member.node, member.incarnation, "online" if member.alive else "dead")
         try:
             yield Node(spec, identity, clock, recorder, endpoint)
         finally:

@@ -27,10 +27,19 @@ class Workload(msgspec.Struct, frozen=True):
     grace_ns: int = 10_000_000_000
 
 
+class MemberState(msgspec.Struct, frozen=True):
+    """What a process that starts late has to know of another: its incarnation, and whether it is alive."""
+
+    node: str
+    incarnation: int
+    alive: bool
+
+
 class MachineSpec(msgspec.Struct, frozen=True):
     """One machine. Directories are absolute; `memory_fd` is inherited; `images` are version 2 files, one an update.
 
-    `sysfs` is the directory for the files of the update's user interface, empty for none.
+    `sysfs` is the directory for the files of the update's user interface, empty for none. `members` are those that are
+    not alive in their first incarnation at the time of the fork.
     """
 
     run_dir: str
@@ -50,6 +59,7 @@ class MachineSpec(msgspec.Struct, frozen=True):
     trusted_signers: tuple[str, ...]
     lock_policy: str = "release"
     sysfs: str = ""
+    members: tuple[MemberState, ...] = ()
 
     def cpu_nodes(self) -> list[str]:
         """Names of the CPUs' processes."""

@@ -26,7 +26,7 @@ import msgspec
 import trio
 import zmq
 
-from bus.spec import MachineSpec
+from bus.spec import MachineSpec, MemberState
 
 PR_SET_PDEATHSIG = 1
 MAX_REQUEST = 1 << 20
@@ -43,11 +43,14 @@ class Begin(msgspec.Struct, frozen=True, tag="begin"):
 
 
 class Spawn(msgspec.Struct, frozen=True, tag="spawn"):
-    """The launcher to the parent: fork `node` in the role given."""
+    """The launcher to the parent: fork `node` in the role given, into a machine of which not all are in their first
+    incarnation (`members`).
+    """
 
     role: str
     node: str
     incarnation: int
+    members: tuple[MemberState, ...] = ()
 
 
 class Spawned(msgspec.Struct, frozen=True, tag="spawned"):
@@ -195,7 +198,8 @@ class ForkServer:
             self.sock.close()
             os.close(self.wake_read)
             os.close(self.wake_write)
-            self.roles[request.role](self.spec, request.node, request.incarnation)
+            spec = msgspec.structs.replace(self.spec, members=request.members)
+            self.roles[request.role](spec, request.node, request.incarnation)
             status = 0
         except BaseException as error:  # noqa: BLE001 - the end of a process: say what happened and leave
             traceback.print_exc()

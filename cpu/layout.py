@@ -94,6 +94,8 @@ class KernelData(KernelStruct):
     kvm_unloaded = Word()
     crashing_cpu = Word()
     crash_waits = Word()
+    update_abort = Word()
+    """Set by an operator who gives an update up whose CPU has died; Linux has nothing like it."""
 
 
 class CallSingleData(KernelStruct):
@@ -126,6 +128,14 @@ class PerCpu(KernelStruct):
     cpuhp_work = Word()
     cpuhp_result = Word()
     halted = Word()
+    dead = Word()
+    """The launcher's word: the process of this CPU has died, and no new one is there yet."""
+    active = Word()
+    """Tasks may run here; the scheduler's own mask (`cpu_active_mask`)."""
+    nr_tasks = Word()
+    """vCPU threads on this CPU."""
+    heartbeat = Word()
+    """Ticks of the watchdog's timer that were taken with interrupts on."""
 
 
 class LoadedVmcs(KernelStruct):

@@ -34,8 +34,9 @@ def sample(kind: type[Message]) -> Body:
 
 
 def _value(name: str, kind: Any, number: int) -> Any:
-    if name == "state":
-        return "dead"
+    words = {"state": "dead", "what": "offline"}
+    if name in words and kind is not str and "pattern=" in repr(kind):
+        return words[name]
     if name == "registers":
         return tuple(range(number, number + 13))
     if name == "pages":
