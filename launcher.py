@@ -19,18 +19,19 @@ from bus.messages import Finish
 from bus.report import console_for, print_comparison, print_invariants, print_run, print_stories
 from bus.spec import KVM
 from kvm.compose import KnobError, parse_knobs
+from kvm.images import ModuleFileError, read_module
 from kvm.machine import Machine, MachineError
 from kvm.matrix import matrix_as_dict, matrix_knobs, measure, rows
 from kvm.matrix_report import print_matrix
 from kvm.scenes import SCENES
 from kvm.summary import BAD_INPUT, SAFE, UNFINISHED, Summary, exit_status, summarize_run
 from kvm.sysfs import SysfsError, sysfs_directory
-from kvm.topology import Topology, TopologyError, parse_topology, read_module
+from kvm.topology import Topology, TopologyError, parse_topology
 from seamldr.commands import ModuleCommandError, inspect_module, make_module_file, verify_module
 from seamldr.strategies import DEFAULT, STRATEGIES, StrategyError, find_strategy
 
 UNTIL_INTERRUPTED_S = 86400.0
-BAD = (TopologyError, StrategyError, KnobError, SysfsError, ModuleCommandError)
+BAD = (TopologyError, ModuleFileError, StrategyError, KnobError, SysfsError, ModuleCommandError)
 
 
 class Parser(argparse.ArgumentParser):

@@ -65,6 +65,16 @@ EVENTS: dict[str, Event] = {
         "What a process that did not end was waiting for.",
         {"name": "its node", "what": "a sentence", "on": "node waited for, or empty", "operations": "done so far"},
     ),
+    "fault": Event(
+        "A fault was injected into the machine, or taken back.",
+        {
+            "kind": "kill, stop, resume, slow, replug, restart, standstill, links or abort",
+            "name": "node that it strikes, or empty",
+            "incarnation": "of that node, 0 if it does not matter",
+            "what": "more about it",
+        },
+    ),
+    "machine_reset": Event("Power cycle: every process and all memory are gone; the machine starts anew.", {}),
     # A CPU
     "cpu_online": Event("The CPU is in VMX operation and in the online mask.", {}),
     "cpu_offline": Event("The CPU has left the online mask.", {}),
@@ -266,6 +276,37 @@ EVENTS: dict[str, Event] = {
     "task_move": Event("A task is asked to move.", {"task": "number", "to": "CPU"}),
     "request": Event(
         "User space asks for something.", {"request": "number", "kind": "read_version or install", "cpu": "number"}
+    ),
+    "seamldr_info": Event(
+        "SEAMLDR.INFO has answered.",
+        {"request": "number", "errno": "0 or negative", "remaining": "updates that remain, 0 if it failed"},
+    ),
+    "sysfs_tree": Event(
+        "The files of the user's interface are there.",
+        {
+            "sysinfo": "TDX is initialized",
+            "features0": "TDX_FEATURES0 of the running module",
+            "erratum": "the CPU has the SEAMRET erratum and the gate is on",
+            "files": "their paths",
+        },
+    ),
+    "sysfs_read": Event(
+        "A file of the user's interface was read.", {"path": "of the file", "value": "read", "errno": "0 or negative"}
+    ),
+    "sysfs_write": Event(
+        "A file of the user's interface was written; of writes to `data` only those that fail.",
+        {"path": "of the file", "value": "written", "errno": "0 or negative"},
+    ),
+    "fw_upload": Event(
+        "An upload node has changed.",
+        {
+            "name": "of the node",
+            "load": "none, loading or done",
+            "stage": "what `status` shows",
+            "error": "what `error` shows, or EBUSY",
+            "remaining": "bytes not yet written",
+            "data": "whether `data` can be written",
+        },
     ),
     # Any process
     "refused": Event("A frame on the bus was refused.", {"reason": "a word", "head": "first bytes, hex"}),

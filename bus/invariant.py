@@ -7,7 +7,7 @@ with the shadow state just before it. `at_end(ending)` is called once, when ther
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from bus.records import Record
 from bus.shadow import Shadow
@@ -50,6 +50,13 @@ class Invariant(Observer):
         self.story: Story | None = None
         self.suspects: list[str] = []
         self.excused: list[str] = []
+
+    def renewed(self) -> Self:
+        """Another of this kind that has seen nothing yet, but keeps what was found."""
+        other = type(self)()
+        other.count, other.story = self.count, self.story
+        other.suspects, other.excused = self.suspects, self.excused
+        return other
 
     def violated(self, sentence: str, *parts: tuple[str, Record | None]) -> None:
         """One more violation, shown by these labelled records."""

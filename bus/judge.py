@@ -153,7 +153,7 @@ class Judge:
         self._shadow = Shadow(machine.get("knobs") or {})
         self._invariants = [invariant() for invariant in INVARIANTS.values()]
         self._exposures, self._statistics, self._cost = Exposures(), Statistics(), Cost()
-        self._handlers = dispatch([*self._invariants, self._exposures, self._cost, self._statistics])
+        self._watch()
         self._strange: dict[str, None] = {}
 
     @property
@@ -161,10 +161,22 @@ class Judge:
         """Ids of the invariants that are violated so far."""
         return tuple(invariant.id for invariant in self._invariants if invariant.count)
 
+    def _watch(self) -> None:
+        self._handlers = dispatch([*self._invariants, self._exposures, self._cost, self._statistics])
+
+    def _reset(self) -> None:
+        """The machine was switched off and on: what was true of it is over, what was found stays found."""
+        self._shadow = Shadow(self._machine.get("knobs") or {})
+        self._invariants = [invariant.renewed() for invariant in self._invariants]
+        self._watch()
+
     def see(self, record: Record) -> None:
         """The next record. One that is not as the event table says is passed over, and makes the run incomplete."""
-        event, shadow = record["event"], self._shadow
+        event = record["event"]
         self._statistics.records += 1
+        if event == "machine_reset":
+            self._reset()
+        shadow = self._shadow
         try:
             shadow.meet(record)
             for handler in self._handlers.get(event, ()):

@@ -50,7 +50,7 @@ class PhysicalMemory:
     @classmethod
     def private(cls, size: int) -> Self:
         """Memory of one process only, for machines that are stepped in one process and for tests."""
-        return cls(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        return cls(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)))
 
     @classmethod
     def create(cls, size: int) -> PhysicalMemory:
@@ -73,6 +73,10 @@ class PhysicalMemory:
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None
+
+    def clear(self) -> None:
+        """All zeros again, in every process that has it mapped, as after a power cycle."""
+        self._buffer.madvise(mmap.MADV_REMOVE if self.fd is not None else mmap.MADV_DONTNEED)
 
     # Raw bytes
 

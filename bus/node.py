@@ -11,11 +11,12 @@ import trio
 
 from bus.clock import LamportClock
 from bus.endpoint import CONNECTIONS, Endpoint, open_endpoint
-from bus.link import Identity
+from bus.link import Delivery, Identity
 from bus.memory import PhysicalMemory
-from bus.messages import Hello, Stopped
+from bus.messages import ArmFault, Body, FaultReached, Hello, Proceed, Stopped
+from bus.points import FaultPoints
 from bus.records import Recorder, open_records
-from bus.spec import KVM, LAUNCHER, SEAMLDR, MachineSpec
+from bus.spec import KVM, LAUNCHER, SEAMLDR, MachineSpec, cpu_number
 
 HEAD = 16
 """Bytes of a refused frame that its record shows."""
@@ -33,6 +34,42 @@ class Node:
         self.recorder = recorder
         self.endpoint = endpoint
         self.emit = recorder.emit
+        number = cpu_number(identity.node)
+        self.points = FaultPoints(-1 if number is None else number)
+        self._stands_at = 0
+
+    def handle_control(self, body: Body) -> bool:
+        """Take a message that is the same for every process of the machine; False if it is none of these."""
+        match body:
+            case ArmFault(fault=fault, point=point, nth=nth, cpu=cpu):
+                if not self.points.arm(fault, point, nth, cpu):
+                    self.emit("refused", reason="point", head=point[:HEAD])
+            case Proceed(fault=fault):
+                self.points.disarm(fault)
+                if fault == self._stands_at:
+                    self._stands_at = 0
+            case _:
+                return False
+        self.recorder.watcher = self.points.see if self.points.any else None
+        return True
+
+    async def stand_still(self) -> list[Delivery]:
+        """At the point of a fault: tell the launcher, and do nothing until it says to proceed.
+
+        What arrives meanwhile is returned, to be handled then.
+        """
+        reached = self.points.due
+        assert reached is not None
+        self._stands_at = reached.fault
+        self.endpoint.send(LAUNCHER, FaultReached(reached.fault, reached.cpu))
+        late: list[Delivery] = []
+        while self._stands_at:
+            await self.endpoint.wait()
+            for delivery in self.endpoint.drain_nowait():
+                if not self.handle_control(delivery.body):
+                    late.append(delivery)
+        self.points.due = None
+        return late
 
     def say_hello(self, pid: int) -> None:
         """Tell the launcher that this process is online."""
@@ -56,6 +93,7 @@ async def join(spec: MachineSpec, node: str, incarnation: int) -> AsyncIterator[
     says.
     """
     clock = LamportClock()
+    clock.merge(spec.clock)
     recorder = open_records(Path(spec.run_dir, "records", f"{node}.jsonl"), node, clock, spec.trace)
     identity = Identity(node, incarnation)
 

@@ -94,11 +94,13 @@ class EventLogger(structlog.BoundLoggerBase):
 class Recorder:
     """Writes the records of one process. Made by `open_records`.
 
-    `context`, if set, is called for each record and gives further fields; a CPU sets it.
+    `context`, if set, is called for each record and gives further fields; a CPU sets it. `watcher`, if set, sees each
+    record after it was written.
     """
 
     def __init__(self, fd: int, node: str, clock: LamportClock, seq: int, trace: bool) -> None:
         self.tracing = trace
+        self.watcher: Callable[[str, dict[str, Any]], None] | None = None
         self._fd = fd
         self._clock = clock
         self._stamp = Stamp(node, clock, seq)
@@ -129,6 +131,8 @@ class Recorder:
     def emit(self, event: str, /, **fields: Any) -> int:
         """Write a record; the Lamport time of the event."""
         self._event(event, fields)
+        if self.watcher is not None:
+            self.watcher(event, fields)
         return self._clock.now
 
     def emit_trace(self, event: str, /, **fields: Any) -> int:
@@ -154,12 +158,31 @@ def open_records(path: str | Path, node: str, clock: LamportClock, trace: bool =
     return Recorder(fd, node, clock, seq, trace)
 
 
+def last_clock(path: str | Path) -> int:
+    """Lamport time of the last whole record of a file, whose writer may be dead; 0 if there is none."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return 0
+    try:
+        return _last(_tail(fd))[1]
+    finally:
+        os.close(fd)
+
+
+def _tail(fd: int) -> bytes:
+    return os.pread(fd, TAIL_BYTES, max(0, os.fstat(fd).st_size - TAIL_BYTES))
+
+
 def _resume(fd: int) -> tuple[int, int]:
     """Sequence number and clock of the last whole line; a torn one is ended."""
-    size = os.fstat(fd).st_size
-    tail = os.pread(fd, TAIL_BYTES, max(0, size - TAIL_BYTES))
+    tail = _tail(fd)
     if tail and not tail.endswith(b"\n"):
         os.write(fd, b"\n")
+    return _last(tail)
+
+
+def _last(tail: bytes) -> tuple[int, int]:
     for line in reversed(tail.split(b"\n")):
         try:
             record = msgspec.json.decode(line, type=Record)

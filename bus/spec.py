@@ -39,7 +39,7 @@ class MachineSpec(msgspec.Struct, frozen=True):
     """One machine. Directories are absolute; `memory_fd` is inherited; `images` are version 2 files, one an update.
 
     `sysfs` is the directory for the files of the update's user interface, empty for none. `members` are those that are
-    not alive in their first incarnation at the time of the fork.
+    not alive in their first incarnation at the time of the fork, which was after Lamport time `clock`.
     """
 
     run_dir: str
@@ -60,6 +60,7 @@ class MachineSpec(msgspec.Struct, frozen=True):
     lock_policy: str = "release"
     sysfs: str = ""
     members: tuple[MemberState, ...] = ()
+    clock: int = 0
 
     def cpu_nodes(self) -> list[str]:
         """Names of the CPUs' processes."""

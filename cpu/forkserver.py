@@ -44,13 +44,14 @@ class Begin(msgspec.Struct, frozen=True, tag="begin"):
 
 class Spawn(msgspec.Struct, frozen=True, tag="spawn"):
     """The launcher to the parent: fork `node` in the role given, into a machine of which not all are in their first
-    incarnation (`members`).
+    incarnation (`members`), after Lamport time `clock`.
     """
 
     role: str
     node: str
     incarnation: int
     members: tuple[MemberState, ...] = ()
+    clock: int = 0
 
 
 class Spawned(msgspec.Struct, frozen=True, tag="spawned"):
@@ -198,7 +199,7 @@ class ForkServer:
             self.sock.close()
             os.close(self.wake_read)
             os.close(self.wake_write)
-            spec = msgspec.structs.replace(self.spec, members=request.members)
+            spec = msgspec.structs.replace(self.spec, members=request.members, clock=request.clock)
             self.roles[request.role](spec, request.node, request.incarnation)
             status = 0
         except BaseException as error:  # noqa: BLE001 - the end of a process: say what happened and leave

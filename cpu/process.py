@@ -102,6 +102,7 @@ class CpuProcess:
             quantum=QUANTUM,
         )
         node.recorder.context = self.cpu.record_context
+        node.points.on_due = self._fault_due
         self.loop = StepLoop(self.cpu, self._thread_ended)
         self.stopping = False
         self.done = False
@@ -109,6 +110,10 @@ class CpuProcess:
         self._exits = 0
         self._calls = 0
         self._seamret: Seamret | None = None
+
+    def _fault_due(self) -> None:
+        """The operation that runs is the last one before the shell looks."""
+        self.cpu.budget = 0
 
     # Messages
 
@@ -138,9 +143,10 @@ class CpuProcess:
             case Query():
                 self.endpoint.send(LAUNCHER, self._waits())
             case body:
-                thread = self.personality.spawn(self, body)
-                if thread is not None:
-                    self.loop.add(thread)
+                if not self.node.handle_control(body):
+                    thread = self.personality.spawn(self, body)
+                    if thread is not None:
+                        self.loop.add(thread)
 
     def _waits(self) -> Waits:
         cpu = self.cpu
@@ -181,10 +187,14 @@ class CpuProcess:
         cpu = self.cpu
         reply: GuestExit | SeamReply | None = None
         while True:
+            if self.node.points.due is not None:
+                await self._stand_still()
             need = self.loop.step(reply)
             reply = None
             if self.done:
                 return
+            if self.node.points.due is not None:
+                await self._stand_still()
             if need is Need.POLL:
                 self._poll()
                 await self._breathe()
@@ -196,6 +206,11 @@ class CpuProcess:
                 reply = await self._run_guest()
             elif isinstance(need, SeamTrap):
                 reply = await self._seamcall(need)
+
+    async def _stand_still(self) -> None:
+        """A fault is due here, before anything else may happen."""
+        for delivery in await self.node.stand_still():
+            self._handle(delivery)
 
     async def _breathe(self) -> None:
         now = monotonic_ns()
@@ -215,9 +230,13 @@ class CpuProcess:
 
     async def _run_guest(self) -> GuestExit:
         """The guest runs until it exits by itself or an event ends it."""
-        apic = self.cpu.apic
+        apic, points = self.cpu.apic, self.node.points
         self.loop.account_exit()
         self._exits += 1
+        if points.any:
+            points.see("*guest", {})
+            if points.due is not None:
+                await self._stand_still()
         rest = 0 if self._exits % EXITS_PER_REST else self.spec.workload.guest_ns / 1e9
         with trio.move_on_after(rest) as guest_time:
             while rest:

@@ -5,14 +5,13 @@
     judgement = machine.check()
 
 Inside the block every process is online; after it none is left, nor a socket file, nor the memory, however the block
-ended.
+ended. What can be done to a machine that runs is in `kvm.operator`.
 """
 
 from __future__ import annotations
 
 import secrets
 import shutil
-import signal
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -26,53 +25,34 @@ import trio
 from bus.judge import Judgement, judge
 from bus.link import Delivery
 from bus.memory import PhysicalMemory
-from bus.messages import Finished, Hello, Member, Progress, Query, Start, Stop, Stopped, Waits
-from bus.node import Node, join
+from bus.messages import Done, FaultReached, Fenced, Finished, Hello, Progress, Start, Stopped, Waits
+from bus.node import join
 from bus.spec import KVM, LAUNCHER, SEAMLDR
-from cpu.forkserver import Exited, NotSpawned, Spawned
 from cpu.layout import memory_size
+from kvm.background import background
+from kvm.fleet import PARENT_GONE, MachineError
+from kvm.operator import Operator
 from kvm.processes import Parent, Process, enough_files
-from kvm.topology import Topology, machine_spec
+from kvm.topology import Topology, machine_images, machine_spec
 
-ONLINE_S = 60.0
-"""Deadline for all processes to be online, plus what `ONLINE_PER_CPU_S` adds."""
-ONLINE_PER_CPU_S = 0.1
-STOP_S = 5.0
-"""How long a process may take to bring its work to an end when asked, plus `STOP_PER_CPU_S` for each CPU."""
-STOP_PER_CPU_S = 0.1
-TERMINATE_S = 2.0
-ANSWER_S = 1.0
-"""How long the processes have to say what they wait for, plus `ANSWER_PER_CPU_S` for each CPU."""
-ANSWER_PER_CPU_S = 0.01
 STUCK_LOOK_S = 0.25
-LOG_TAIL = 4096
-"""Bytes at the end of the log among which the reason of an unexpected end is looked for."""
 
-PARENT_GONE = "the parent of the machine's processes has died, and they with it"
+__all__ = ["Machine", "MachineError"]
 
 
-class MachineError(RuntimeError):
-    """The machine could not be started, or broke; the message is one line for the user."""
-
-
-class Machine:
+class Machine(Operator):
     """One live machine. `on_progress` is called with counts while the workload runs."""
 
     def __init__(self, topology: Topology, on_progress: Callable[[dict[str, int]], None] | None = None) -> None:
+        super().__init__()
         self.topology = topology
         self.on_progress = on_progress
-        self.processes: dict[str, Process] = {}
         self.facts: dict[str, int] = {}
         self.finished = trio.Event()
         self.online_seconds = 0.0
         self.run_seconds = 0.0
-        self.killed = 0
-        self._online = self._expected = 0
-        self._waits: dict[str, Waits] = {}
-        self._broken: str | None = None
         self._ended = False
         self._life = self._live()
-        self._moved = trio.Event()
 
     # Up and down
 
@@ -109,14 +89,16 @@ class Machine:
         self._parent = Parent(socket_dir, memory.fd, self._log)
         stack.push_async_callback(self._parent.close)
         key = secrets.token_bytes(16)
-        self.spec = machine_spec(self.topology, self.run_dir, socket_dir, key, memory.fd)
-        self.node: Node = await stack.enter_async_context(join(self.spec, LAUNCHER, 1))
+        self.images = machine_images(self.topology, self.run_dir)
+        self.spec = machine_spec(self.topology, self.run_dir, socket_dir, key, memory.fd, self.images)
+        self.node = await stack.enter_async_context(join(self.spec, LAUNCHER, 1))
         stack.callback(self._forget_all)
-        self._nursery = await stack.enter_async_context(_background())
+        self._nursery = await stack.enter_async_context(background())
         self._describe()
         self._nursery.start_soon(self._receive)
         self._nursery.start_soon(self._hear_parent)
         stack.push_async_callback(self._stop_all)
+        stack.callback(self._proceed_all)
         self.processes = {node: Process(node, 1) for node in self.spec.nodes()}
         try:
             await self._parent.begin(self.spec)
@@ -144,27 +126,6 @@ class Machine:
         )
         self.node.emit("process_online", name=LAUNCHER, incarnation=1)
 
-    async def _bring_up(self, nodes: list[str]) -> None:
-        """Start these processes and wait until they are online; raises `MachineError`."""
-        self._expected += len(nodes)
-        try:
-            for node in nodes:
-                await self._parent.spawn(_role(node), node, self.processes[node].incarnation)
-        except OSError:
-            self._break(PARENT_GONE)
-        with trio.move_on_after(ONLINE_S + ONLINE_PER_CPU_S * self.spec.cpus):
-            while not self._broken and self._online < self._expected:
-                await self._moved.wait()
-        if self._broken:
-            raise MachineError(self._broken)
-        late = [node for node in nodes if not self.processes[node].online]
-        if late:
-            raise MachineError(f"{len(late)} of {len(nodes)} processes did not come online, {late[0]} among them")
-
-    def _progressed(self) -> None:
-        self._moved.set()
-        self._moved = trio.Event()
-
     # What arrives
 
     async def _receive(self) -> None:
@@ -186,19 +147,18 @@ class Machine:
                 self.finished.set()
             case Stopped(facts=totals):
                 process.totals = totals
+            case Done(request=request) as done:
+                self._done[request] = done
+                self._progressed()
+            case FaultReached() as reached:
+                self._reached(process.node, reached)
+            case Fenced(cpu=cpu):
+                self._nursery.start_soon(self.kill, cpu)
             case Waits() as waits:
                 self._waits[process.node] = waits
                 self._progressed()
             case body:
                 self.node.emit("refused", reason="unexpected", head=type(body).__name__)
-
-    def _came_online(self, process: Process) -> None:
-        """A process counts when it said hello and its parent said which one it is, in whatever order."""
-        if process.online:
-            self.node.emit("process_online", name=process.node, incarnation=process.incarnation)
-            self._online += 1
-            if self._online == self._expected:
-                self._progressed()
 
     def _progress(self, facts: dict[str, int]) -> None:
         if facts != self.facts:
@@ -206,64 +166,6 @@ class Machine:
             self._last_progress = monotonic()
         if self.on_progress is not None:
             self.on_progress(facts)
-
-    async def _hear_parent(self) -> None:
-        while (heard := await self._parent.receive()) is not None:
-            answer, pidfd = heard
-            process = self.processes[answer.node]
-            match answer:
-                case Spawned(pid=pid) if pidfd >= 0:
-                    process.bear(pid, pidfd)
-                    self._nursery.start_soon(self._watch, process)
-                    self._came_online(process)
-                case Spawned():
-                    self._break(f"process {process.node} cannot be watched: this process has too many open files")
-                case NotSpawned(why=why):
-                    self._break(f"process {process.node} cannot be forked: {why}")
-                case Exited(status=status):
-                    process.exit(status)
-        self._break(PARENT_GONE)
-        for process in self.processes.values():
-            process.exit(-signal.SIGKILL)
-
-    async def _watch(self, process: Process) -> None:
-        """A process is dead if and only if its pidfd fires."""
-        await trio.lowlevel.wait_readable(process.pidfd)
-        process.forget()
-        wanted = process.wanted
-        if not wanted and self._parent.alive:
-            self._publish_death(process)
-        await process.exited.wait()
-        self.node.emit("process_exit", name=process.node, status=process.status, wanted=int(wanted))
-        process.gone.set()
-        if not wanted:
-            self._break(self._obituary(process) if self._parent.alive else PARENT_GONE)
-
-    def _publish_death(self, process: Process) -> None:
-        """To all that are left; not while the machine is taken down, or each of N would hear of N others."""
-        self.node.endpoint.member(process.node, process.incarnation, "dead")
-        for name, other in self.processes.items():
-            if not other.gone.is_set():
-                self.node.endpoint.send(name, Member(process.node, process.incarnation, "dead"))
-
-    def _obituary(self, process: Process) -> str:
-        if process.status < 0:
-            return f"process {process.node} was killed by {signal.Signals(-process.status).name}"
-        return f"process {process.node} ended by itself with status {process.status}{self._last_words(process.node)}"
-
-    def _last_words(self, node: str) -> str:
-        lines = self._log.read_bytes()[-LOG_TAIL:].decode(errors="replace").splitlines()
-        words = [line.removeprefix(f"{node}: ") for line in lines if line.startswith(f"{node}: ")]
-        return f": {words[-1]} (more in {self._log})" if words else ""
-
-    def _break(self, why: str) -> None:
-        if self._broken is None:
-            self._broken = why
-        self._progressed()
-
-    @property
-    def _log(self) -> Path:
-        return self.run_dir / "stderr.txt"
 
     # The workload
 
@@ -288,111 +190,12 @@ class Machine:
         self._ended = True
         self.node.emit("machine_end", finished=int(not why and self.finished.is_set()), why=why)
 
-    async def _ask_all(self) -> None:
-        """What does each process wait for?"""
-        asked = [process for process in self.processes.values() if not process.gone.is_set()]
-        for process in asked:
-            self.node.endpoint.send(process.node, Query())
-        with trio.move_on_after(ANSWER_S + ANSWER_PER_CPU_S * self.spec.cpus):
-            while any(not process.gone.is_set() and process.node not in self._waits for process in asked):
-                await self._moved.wait()
-        for process in asked:
-            waits = self._waits.get(process.node, Waits("does not answer", "", 0))
-            if waits.what and not process.gone.is_set():
-                what, on, operations = waits.what, waits.on, waits.operations
-                self.node.emit("process_waits", name=process.node, what=what, on=on, operations=operations)
-
-    # Ending
-
-    async def _stop_all(self) -> None:
-        """CPUs first, since they need the others to come down; then the KVM and the seamldr process."""
-        with trio.CancelScope(shield=True):
-            async with trio.open_nursery() as nursery:
-                for name in self.spec.cpu_nodes():
-                    nursery.start_soon(self._stop, self.processes[name])
-            for name in (KVM, SEAMLDR):
-                await self._stop(self.processes[name])
-
-    async def _stop(self, process: Process) -> None:
-        """Message, deadline, SIGTERM, deadline, SIGKILL; each step taken is a record."""
-        process.wanted = True
-        patience = STOP_S + STOP_PER_CPU_S * self.spec.cpus
-        if self._broken:
-            patience = TERMINATE_S
-        if process.online:
-            self.node.endpoint.send(process.node, Stop())
-            if await _within(patience, process.gone):
-                return
-        for number, deadline in ((signal.SIGTERM, TERMINATE_S), (signal.SIGKILL, STOP_S)):
-            if process.gone.is_set() or not process.born.is_set():
-                return
-            self.node.emit("process_end_step", name=process.node, step=signal.Signals(number).name)
-            process.signal(number)
-            self.killed += number == signal.SIGKILL
-            if await _within(deadline, process.gone):
-                return
-
-    def _forget_all(self) -> None:
-        for process in self.processes.values():
-            process.forget()
+    def next_image(self) -> Path:
+        """A new image file, one version up from the last."""
+        return self.images.next()
 
     # Afterwards
 
     def check(self) -> Judgement:
         """Judge the records of this run."""
         return judge(self.run_dir)
-
-    @property
-    def parent_pid(self) -> int:
-        """Process id of the parent that forked them all."""
-        return self._parent.pid
-
-    @property
-    def pids(self) -> dict[str, int]:
-        """Process ids of the CPUs."""
-        return {name: process.pid for name, process in self.processes.items() if name.startswith("cpu")}
-
-
-async def _within(seconds: float, event: trio.Event) -> bool:
-    with trio.move_on_after(seconds):
-        await event.wait()
-    return event.is_set()
-
-
-@asynccontextmanager
-async def _background() -> AsyncIterator[trio.Nursery]:
-    """A nursery whose tasks end with the block, not before: they go on while a block that is cancelled cleans up.
-
-    What ends it early is raised as itself, not in a group.
-    """
-
-    async def serve(task_status: trio.TaskStatus[trio.Nursery]) -> None:
-        await trio.lowlevel.checkpoint()  # if the block is cancelled already, not to begin is the only chance
-        with trio.CancelScope(shield=True):
-            async with trio.open_nursery() as nursery:
-                task_status.started(nursery)
-                await trio.sleep_forever()
-
-    try:
-        async with trio.open_nursery() as outer:
-            nursery: trio.Nursery = await outer.start(serve)
-            try:
-                yield nursery
-            finally:
-                nursery.cancel_scope.cancel()
-    except BaseExceptionGroup as group:
-        raise _unwrapped(group) from None
-
-
-def _unwrapped(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """A group without its cancellations: its exception itself if it is one, and Ctrl-C before all others."""
-    if group.subgroup(KeyboardInterrupt):
-        return KeyboardInterrupt()
-    rest: BaseException = group.split(trio.Cancelled)[1] or group
-    while isinstance(rest, BaseExceptionGroup) and len(rest.exceptions) == 1:
-        rest = rest.exceptions[0]
-    return rest
-
-
-def _role(node: str) -> str:
-    return "cpu" if node.startswith("cpu") else node

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import trio
 
-from bus.spec import MachineSpec
+from bus.spec import MachineSpec, MemberState
 from cpu.forkserver import MAX_REQUEST, Answer, Begin, Spawn, answers
 
 PARENT = "import sys; sys.path.insert(0, sys.argv[1]); from kvm.parent import main; main(int(sys.argv[2]), sys.argv[3])"
@@ -44,6 +44,9 @@ class Process:
         """It is dead, reaped, and on record as such."""
         self.status = 0
         self.wanted = False
+        """It was asked to go: its end is no event of the machine."""
+        self.doomed = False
+        """It is killed on purpose; the machine goes on without it."""
 
     def bear(self, pid: int, pidfd: int) -> None:
         """The parent has made it."""
@@ -66,6 +69,13 @@ class Process:
         if self.pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, number)
+
+    def is_stopped(self) -> bool:
+        """Whether it stands still by SIGSTOP."""
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        except OSError:
+            return False
 
     def forget(self) -> None:
         """Close the pidfd."""
@@ -110,9 +120,11 @@ class Parent:
         """Describe the machine; before the first `spawn`. Raises OSError if the parent is gone, as `spawn` does."""
         await self._sock.send(msgspec.json.encode(Begin(spec)))
 
-    async def spawn(self, role: str, node: str, incarnation: int) -> None:
-        """Ask for a process; `receive` brings the answer."""
-        await self._sock.send(msgspec.json.encode(Spawn(role, node, incarnation)))
+    async def spawn(
+        self, role: str, node: str, incarnation: int, members: tuple[MemberState, ...], clock: int
+    ) -> None:
+        """Ask for a process that starts among `members` after Lamport time `clock`; `receive` brings the answer."""
+        await self._sock.send(msgspec.json.encode(Spawn(role, node, incarnation, members, clock)))
 
     async def receive(self) -> tuple[Answer, int] | None:
         """What the parent says next, with the pidfd if it made a process (-1 if there is none); None if it is gone."""

@@ -10,21 +10,14 @@ import msgspec
 
 from bus.spec import MachineSpec, Workload
 from kvm.compose import Knobs
+from kvm.images import Images
 from kvm.sysfs import check_sysfs_dir
-from seamldr.identity import make_identity
-from seamldr.image import ImageError, ModuleImage, build_v1, build_v2, parse
-from seamldr.module_maker import make_module
-from seamldr.sigstruct import SigStruct, new_key, signer_hash
 from seamldr.strategies import DEFAULT, find_strategy
 
 MAX_CPUS = 1024
 MAX_VCPUS = 4096
 MAX_TDS = 64
 MAX_UPDATES = 1000
-BOOT_VERSION = (1, 5, 8)
-MODULE_PAGES = 16
-IMAGES_TO_UPLOAD = 3
-"""Images made at least, as both versions, where the user may upload some: under modules/ in the run directory."""
 EXITS_PER_SECOND = 1500
 """Groups of VM exits that all CPUs together make in a second: what two cores can serve without falling behind."""
 
@@ -100,9 +93,22 @@ def parse_topology(text: str) -> int:
     return sockets * cores * threads
 
 
-def machine_spec(topology: Topology, run_dir: Path, socket_dir: str, key: bytes, memory_fd: int) -> MachineSpec:
-    """The spec of a machine, with its module images made and signed, or read and reframed, under `run_dir`."""
-    boot, images, signers = _images(topology, run_dir)
+def machine_images(topology: Topology, run_dir: Path) -> Images:
+    """The module images of a run, made and signed, or read and reframed, under `run_dir`; raises `ModuleFileError`."""
+    return Images(
+        run_dir / "modules",
+        planned=topology.updates,
+        profile="B" if topology.knobs.module_profile == "B" else "A",
+        fms=topology.knobs.fms,
+        given=topology.module,
+        upload=topology.sysfs is not None,
+    )
+
+
+def machine_spec(
+    topology: Topology, run_dir: Path, socket_dir: str, key: bytes, memory_fd: int, images: Images
+) -> MachineSpec:
+    """The spec of a machine that has these module images."""
     seconds = topology.seconds
     workload = Workload(
         duration_ns=int(seconds * 1e9),
@@ -127,64 +133,11 @@ def machine_spec(topology: Topology, run_dir: Path, socket_dir: str, key: bytes,
         seed=topology.seed,
         trace=topology.trace,
         workload=workload,
-        boot_image=boot,
-        images=images,
-        trusted_signers=signers,
+        boot_image=images.boot,
+        images=images.planned,
+        trusted_signers=images.signers,
         sysfs=str(Path(topology.sysfs).absolute()) if topology.sysfs is not None else "",
     )
-
-
-def _images(topology: Topology, run_dir: Path) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """Boot image, one image an update, and the signers that the machine trusts besides Intel."""
-    directory = run_dir / "modules"
-    directory.mkdir()
-    key = new_key()
-    major, minor, update = BOOT_VERSION
-
-    def made(number: int) -> ModuleImage:
-        version = f"{major}.{minor}.{update + number:02}"
-        identity = make_identity(version, "B" if topology.knobs.module_profile == "B" else "A")
-        table = (topology.knobs.fms,)
-        return make_module(identity, key=key, svn=(1, 4 + min(number, 200)), pages=MODULE_PAGES, cpuid_table=table)
-
-    def keep(image: ModuleImage, name: str) -> str:
-        path = directory / name
-        path.write_bytes(build_v2(image))
-        return str(path)
-
-    first = made(0)
-    boot = keep(first, "boot.bin")
-    signers = (signer_hash(SigStruct.decode(first.sigstruct)),)
-    if topology.module is not None:
-        given = keep(read_module(topology.module)[0], "given.bin")
-        return boot, (given,) * topology.updates, (*signers, *_maker(topology.module))
-    count = topology.updates if topology.sysfs is None else max(topology.updates, IMAGES_TO_UPLOAD)
-    updates = {number: made(number) for number in range(1, count + 1)}
-    files = tuple(keep(image, f"update-{number}.bin") for number, image in updates.items())
-    if topology.sysfs is not None:
-        for number, image in updates.items():
-            (directory / f"update-{number}.v1.bin").write_bytes(build_v1(image))
-    return boot, files[: topology.updates], signers
-
-
-def _maker(path: str) -> tuple[str, ...]:
-    """The signer hash kept beside an image that `module make` made, if there is one."""
-    beside = Path(f"{path}.signer")
-    return (beside.read_text().strip(),) if beside.is_file() else ()
-
-
-def read_module(path: str) -> tuple[ModuleImage, bool]:
-    """A module image file of either container version, and whether it has to be reframed for the kernel.
-
-    Raises `TopologyError` if it is neither.
-    """
-    try:
-        image = parse(Path(path).read_bytes())
-    except OSError as error:
-        raise TopologyError(f"module {path} cannot be read: {error.strerror}") from None
-    except ImageError as error:
-        raise TopologyError(f"module {path} is not a TDX module image: {error}") from None
-    return image, image.version == 0x100
 
 
 def _slug(strategy: str) -> str:

@@ -7,6 +7,7 @@ it.
 from __future__ import annotations
 
 import os
+from collections import deque
 from time import monotonic_ns
 
 import msgspec
@@ -59,6 +60,23 @@ class SeamldrService:
         self.locks: dict[str, LockQueue] = {}
         self.resident: dict[int, Resident] = {}
         self.stopping = False
+        self.inbox: deque[Delivery] = deque()
+        self.moving = trio.Event()
+        """Cleared while a fault makes this process stand still: then nobody leaves SEAM either."""
+        self.moving.set()
+
+    async def serve(self) -> None:
+        """Take messages until told to stop."""
+        node, inbox = self.node, self.inbox
+        while not self.stopping:
+            await node.endpoint.wait()
+            inbox.extend(node.endpoint.drain_nowait())
+            while inbox:
+                self.handle(inbox.popleft())
+                if node.points.due is not None:
+                    self.moving = trio.Event()
+                    inbox.extend(await node.stand_still())
+                    self.moving.set()
 
     def handle(self, delivery: Delivery) -> None:
         """One message."""
@@ -80,7 +98,8 @@ class SeamldrService:
             case Stop():
                 self.stopping = True
             case body:
-                self.node.emit("refused", reason="unexpected", head=type(body).__name__)
+                if not self.node.handle_control(body):
+                    self.node.emit("refused", reason="unexpected", head=type(body).__name__)
 
     # Locks
 
@@ -163,6 +182,8 @@ class SeamldrService:
         if not admitted:
             self.node.endpoint.send(delivery.source.node, Seamret(call.call, False, rax, call.registers))
             return
+        if entry.guest and self.node.points.any:
+            self.node.points.see("*td", {"by": lp})
         resident = Resident(delivery, call, lp, entry.guest, trio.CancelScope())
         if rax >> 63 or entry.guest:
             self.resident[lp] = resident
@@ -193,6 +214,7 @@ class SeamldrService:
         time = workload.guest_ns if resident.guest else workload.residence_ns
         with resident.scope:
             await trio.sleep(time / 1e9)
+        await self.moving.wait()
         if self.resident.pop(resident.lp, None) is resident:
             self._leave(resident)
 
@@ -232,9 +254,6 @@ async def _main(spec: MachineSpec, name: str, incarnation: int) -> None:
     async with until_terminated(), join(spec, name, incarnation) as node, trio.open_nursery() as nursery:
         service = SeamldrService(node, take_over(spec, shared_memory(spec)), nursery)
         node.say_hello(os.getpid())
-        while not service.stopping:
-            await node.endpoint.wait()
-            for delivery in node.endpoint.drain_nowait():
-                service.handle(delivery)
+        await service.serve()
         await node.say_goodbye({})
         nursery.cancel_scope.cancel()

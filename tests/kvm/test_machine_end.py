@@ -115,7 +115,7 @@ async def test_a_machine_that_does_not_start_says_why(
 ) -> None:
     """A failed fork, a process that never says hello, one that fails, a parent that ends: one line, nothing left."""
     monkeypatch.setattr("kvm.processes.PARENT", PARENT.format(change=change))
-    monkeypatch.setattr("kvm.machine.ONLINE_S", 2.0)
+    monkeypatch.setattr("kvm.fleet.ONLINE_S", 2.0)
     remains = Remains()
     machine = Machine(small(tmp_path))
     with pytest.raises(MachineError) as caught:
