@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check conformance bench clean
 
 .venv/.ready: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -22,6 +22,9 @@ test: setup
 check: setup
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
+
+conformance: setup
+	$(BIN)/python -m pytest --conformance=README.md -m conformance $$(grep -rl mark.conformance tests --include='test_*.py')
 
 bench: setup
 	$(BIN)/python tests/bench/run.py

@@ -15,14 +15,18 @@ import trio
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bus.messages import Finish
 from bus.report import console_for, print_comparison, print_invariants, print_run, print_stories
-from bus.spec import KVM
+from bus.report_why import print_why, why_as_dict
+from bus.snapshot import RunError, look
+from kvm.chaos import Strike, run_chaos
+from kvm.chaos_command import add_chaos_arguments, read_plan
+from kvm.chaos_report import print_strikes
 from kvm.compose import KnobError, parse_knobs
 from kvm.images import ModuleFileError, read_module
 from kvm.machine import Machine, MachineError
 from kvm.matrix import matrix_as_dict, matrix_knobs, measure, rows
 from kvm.matrix_report import print_matrix
+from kvm.plan import Fault, PlanError
 from kvm.scenes import SCENES
 from kvm.summary import BAD_INPUT, SAFE, UNFINISHED, Summary, exit_status, summarize_run
 from kvm.sysfs import SysfsError, sysfs_directory
@@ -31,7 +35,7 @@ from seamldr.commands import ModuleCommandError, inspect_module, make_module_fil
 from seamldr.strategies import DEFAULT, STRATEGIES, StrategyError, find_strategy
 
 UNTIL_INTERRUPTED_S = 86400.0
-BAD = (TopologyError, ModuleFileError, StrategyError, KnobError, SysfsError, ModuleCommandError)
+BAD = (TopologyError, RunError, ModuleFileError, PlanError, StrategyError, KnobError, SysfsError, ModuleCommandError)
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def entry() -> NoReturn:
-    """The console script."""
+    """The console script. SIGTERM means what Ctrl-C means, also where a shell has told us to ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     sys.exit(main())
 
 
@@ -73,13 +79,31 @@ def _say(message: str, status: int) -> int:
 def run_command(arguments: argparse.Namespace) -> int:
     """Launch one machine and judge it."""
     topology = _topology(arguments, arguments.strategy)
-    summary = _run(topology, arguments.strategy)
-    _show(arguments, summary, lambda console: print_run(console, summary))
+    faults = _faults(arguments.faults, topology) if arguments.faults else ()
+    strikes: list[Strike] = []
+    summary = _run(topology, arguments.strategy, faults, strikes)
+
+    def tell(console: Console) -> None:
+        if strikes:
+            print_strikes(console, strikes)
+        print_run(console, summary)
+
+    _show(arguments, summary, tell)
     return exit_status(summary)
 
 
-def _run(topology: Topology, title: str) -> Summary:
-    """One machine with progress on stderr; its summary."""
+def _faults(path: str, topology: Topology) -> tuple[Fault, ...]:
+    """The faults of a plan file, for a machine whose size is given on the command line."""
+    faults = read_plan(path, topology.cpus).fault
+    if topology.sysfs is not None:
+        raise PlanError("--faults and --sysfs do not go together")
+    return faults
+
+
+def _run(
+    topology: Topology, title: str, faults: tuple[Fault, ...] = (), strikes: list[Strike] | None = None
+) -> Summary:
+    """One machine with progress on stderr; its summary. What became of each fault is put into `strikes`."""
     topology.validate()
     _note_reframing(topology)
     with Progress(
@@ -98,21 +122,30 @@ def _run(topology: Topology, title: str) -> Summary:
             words = f"{title}: {done} requests, {updates} of {topology.updates} updates, {facts.get('moves', 0)} moves"
             progress.update(task, description=words)
 
-        run_dir = trio.run(_live, topology, on_progress)
+        run_dir = trio.run(_live, topology, on_progress, faults, strikes)
         progress.update(task, description=f"{title}: judging the records")
         return summarize_run(run_dir)
 
 
-async def _live(topology: Topology, on_progress: Callable[[dict[str, int]], None]) -> Path:
+async def _live(
+    topology: Topology,
+    on_progress: Callable[[dict[str, int]], None],
+    faults: tuple[Fault, ...],
+    strikes: list[Strike] | None,
+) -> Path:
     if topology.sysfs is not None:
         return await _live_with_sysfs(topology, Path(topology.sysfs), on_progress)
+    if faults and strikes is not None:
+        machine = Machine(topology, on_progress)
+        strikes.extend(await run_chaos(machine, faults))
+        return machine.run_dir
     async with Machine(topology, on_progress) as machine:
         await machine.run_workload()
     return machine.run_dir
 
 
 async def _live_with_sysfs(topology: Topology, tree: Path, on_progress: Callable[[dict[str, int]], None]) -> Path:
-    """As `_live`; the first Ctrl-C ends the workload in order, and no file is left under `tree`."""
+    """As `_live`; the first Ctrl-C ends the workload in order, or as stuck, and no file is left under `tree`."""
     said = False
 
     def tell_once(facts: dict[str, int]) -> None:
@@ -136,7 +169,7 @@ async def _finish_on_interrupt(machine: Machine) -> None:
     with trio.open_signal_receiver(signal.SIGINT) as interrupts:
         async for _ in interrupts:
             break
-    machine.node.endpoint.send(KVM, Finish())
+    await machine.finish()
 
 
 def _note_reframing(topology: Topology) -> None:
@@ -257,6 +290,17 @@ def analyze_command(arguments: argparse.Namespace) -> int:
     return exit_status(summary)
 
 
+# why
+
+
+def why_command(arguments: argparse.Namespace) -> int:
+    """Say what each process of a machine waits for."""
+    why = look(Path(arguments.run))
+    answer = why_as_dict(why, str(Path(arguments.run).resolve()))
+    _show(arguments, answer, lambda console: print_why(console, why))
+    return SAFE
+
+
 # module
 
 
@@ -275,7 +319,8 @@ def module_inspect_command(arguments: argparse.Namespace) -> int:
 
 def module_verify_command(arguments: argparse.Namespace) -> int:
     """Hold an image against every rule."""
-    table, accepted = verify_module(Path(arguments.file), int(arguments.fms, 0), arguments.profile)
+    running = Path(arguments.running) if arguments.running else None
+    table, accepted = verify_module(Path(arguments.file), arguments.fms, arguments.profile, running)
     console_for(sys.stdout).print(table)
     return SAFE if accepted else 1
 
@@ -301,6 +346,7 @@ def _parser() -> Parser:
         help="files of the update's user interface under DIR, a new or empty one; unless told otherwise "
         "such a run makes no updates of its own and lasts until Ctrl-C",
     )
+    run.add_argument("--faults", metavar="PLAN.toml", help="the faults of this plan strike the machine (see `chaos`)")
     compare = commands.add_parser("compare", help="the same workload under each strategy, in one table")
     compare.set_defaults(command=compare_command)
     compare.add_argument("--strategies", metavar="A,B,...", help="which ones (default: the whole catalogue)")
@@ -313,6 +359,11 @@ def _parser() -> Parser:
     analyze.add_argument("run", metavar="RUN", help="run directory")
     analyze.add_argument("--check", action="store_true", help="also list every invariant with its verdict")
     analyze.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    why = commands.add_parser("why", help="what each process waits for, and the cycle if there is one")
+    why.set_defaults(command=why_command)
+    why.add_argument("run", metavar="RUN", help="run directory, of a machine that runs or has ended")
+    why.add_argument("--json", action="store_true", help="print the answer as one JSON object")
+    add_chaos_arguments(commands.add_parser("chaos", help="rounds of seeded faults, or a plan; every round judged"))
     _module_arguments(commands.add_parser("module", help="make, inspect or verify a TDX module image"))
     return parser
 
@@ -335,6 +386,11 @@ def _machine_arguments(parser: argparse.ArgumentParser, *, seconds: float, updat
     add("--json", action="store_true", help="print exactly one JSON object")
 
 
+def number(text: str) -> int:
+    """A whole number, hexadecimal with 0x."""
+    return int(text, 0)
+
+
 def _module_arguments(module: argparse.ArgumentParser) -> None:
     actions = module.add_subparsers(title="actions", required=True, metavar="ACTION")
     make = actions.add_parser("make", help="make an image and sign it with a new key")
@@ -350,8 +406,11 @@ def _module_arguments(module: argparse.ArgumentParser) -> None:
     verify = actions.add_parser("verify", help="hold an image against every rule of kernel and P-SEAMLDR")
     verify.set_defaults(command=module_verify_command)
     verify.add_argument("file", metavar="FILE")
-    verify.add_argument("--fms", default="0xC06F2", help="CPUID.1.EAX of the platform (default 0xC06F2)")
+    verify.add_argument(
+        "--fms", type=number, default=0xC06F2, metavar="N", help="CPUID.1.EAX of the platform (default 0xC06F2)"
+    )
     verify.add_argument("--profile", choices=("P10", "P15", "P20"), default="P15", help="P-SEAMLDR (default P15)")
+    verify.add_argument("--running", metavar="FILE", help="the module that runs and is replaced (default: none yet)")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from __future__ import annotations
 import contextlib
 import errno
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Collection, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from heapq import heappop, heappush
 from time import monotonic_ns
 
 import msgspec
@@ -24,6 +25,7 @@ import zmq
 
 from bus.clock import LamportClock
 from bus.link import NEVER, Completion, Delivery, Identity
+from bus.linkfaults import LinkFaults, LinkRule
 from bus.messages import Body
 from bus.peers import Peers
 
@@ -49,6 +51,7 @@ _POLLIN = int(zmq.POLLIN)
 _NOBLOCK = int(zmq.NOBLOCK)
 
 OnRefused = Callable[[str, bytes], None]
+OnBacklog = Callable[[str, int], None]
 
 
 class Statistics(msgspec.Struct, frozen=True):
@@ -82,6 +85,12 @@ class Statistics(msgspec.Struct, frozen=True):
     """Outgoing sockets opened in all."""
     wakeups: int
     """Times that a task of this endpoint woke up, for the inbox or for the timer."""
+    dropped: int
+    """Frames that link faults did not let out."""
+    duplicated: int
+    """Frames that link faults let out twice."""
+    delayed: int
+    """Frames that link faults let out late."""
 
 
 def socket_path(directory: str, node: str) -> str:
@@ -132,6 +141,11 @@ class Endpoint:
         self._timer_at = NEVER
         self._connected = 0
         self._wakeups = 0
+        self.on_backlog: OnBacklog | None = None
+        self._faults = LinkFaults(identity.node)
+        self._faulty = False
+        self._held: list[tuple[int, int, str, bytes]] = []  # a heap, by time; empty unless faulty
+        self._holds = 0
 
     # Sending
 
@@ -139,7 +153,9 @@ class Endpoint:
         """Send `body` to the incarnation of `node` that membership names (1 if none yet). Never blocks.
 
         Returns the message id; `completion` tells what became of it. To a node that is dead nothing is sent and the
-        message is complete at once. Raises `ValueError` if the frame or the target's socket path would be too long.
+        message is complete at once. Raises `ValueError` if the frame or the target's socket path would be too long,
+        `BacklogError` if a quarter of a million messages wait for the target already; `on_backlog`, if set, was called
+        with node and number when there were 4,096 of them, and at each doubling.
         """
         if node not in self._outgoing:
             socket_path(self._directory, node)
@@ -155,12 +171,33 @@ class Endpoint:
             for node, frame in peers.outbox:
                 self._transmit(frame, node)
             peers.outbox.clear()
-        if peers.due < self._timer_at:
-            self._timer_at = peers.due
-            self._timer.deadline = trio.current_time() + max(0, peers.due - now) / 1e9
+        due = peers.due
+        if self._faulty:
+            self._release(now)
+            due = self._due()
+        if due < self._timer_at:
+            self._timer_at = due
+            self._timer.deadline = trio.current_time() + max(0, due - now) / 1e9
+        if peers.crowded:
+            self._tell_of_backlog()
+
+    def _due(self) -> int:
+        return min(self._peers.due, self._held[0][0]) if self._held else self._peers.due
+
+    def _tell_of_backlog(self) -> None:
+        crowded, self._peers.crowded[:] = list(self._peers.crowded), []
+        if self.on_backlog is not None:
+            for node, waiting in crowded:
+                self.on_backlog(node, waiting)
 
     def _transmit(self, frame: bytes, peer: str) -> None:
         """The one place where a frame leaves this process. It may get lost from here on; the links resend."""
+        if self._faulty:
+            self._hold(frame, peer)
+        else:
+            self._put(frame, peer)
+
+    def _put(self, frame: bytes, peer: str) -> None:
         socket = self._outgoing.get(peer)
         if socket is None:
             socket = self._connect(peer)
@@ -191,6 +228,41 @@ class Endpoint:
         self._outgoing[peer] = socket
         self._connected += 1
         return socket
+
+    # Link faults
+
+    def set_link_faults(self, rules: Sequence[LinkRule], seed: int) -> None:
+        """From now on these faults for the frames that leave here, and no others; () for none.
+
+        What earlier rules still hold back is let out at once, and links that were silent are tried anew. Raises
+        `ValueError` if there are too many rules.
+        """
+        self._faults.set(rules, seed)
+        self._release(NEVER)
+        self._faulty = bool(rules)
+        now = monotonic_ns()
+        self._peers.retry(now)
+        self._post(now)
+
+    def _hold(self, frame: bytes, peer: str) -> None:
+        """Let link faults decide about a frame; what is to go later waits for `_release`."""
+        now = monotonic_ns()
+        for time in self._faults.decide(peer, len(frame), now):
+            if time <= now:
+                self._put(frame, peer)
+            else:
+                self._holds += 1
+                heappush(self._held, (time, self._holds, peer, frame))
+
+    def _release(self, now: int) -> None:
+        held = self._held
+        while held and held[0][0] <= now:
+            _, _, peer, frame = heappop(held)
+            self._put(frame, peer)
+
+    def _forget_held(self, node: str) -> None:
+        """A node is spoken with no more: neither is what was on its way to it."""
+        self._held = sorted(one for one in self._held if one[2] != node)  # sorted is a heap
 
     # Receiving
 
@@ -254,7 +326,11 @@ class Endpoint:
         return bool(int(self._inbox.get(_EVENTS)) & _POLLIN)
 
     def _read(self, limit: int, now: int) -> None:
-        """Move up to `limit` frames from the inbox into the links."""
+        """Move up to `limit` frames from the inbox into the links; what they show to be missing is reported at once."""
+        self._take_in(limit, now)
+        self._peers.report_gaps(now)
+
+    def _take_in(self, limit: int, now: int) -> None:
         inbox, receive = self._inbox, self._peers.receive
         for n in range(limit):
             # To run into the empty inbox costs as much as two looks at EVENTS: look once, after the first frame.
@@ -283,12 +359,18 @@ class Endpoint:
         peers = self._peers
         before = peers.incarnation(node)
         lost = peers.member(node, incarnation, state)
-        if before is not None and peers.incarnation(node) != before and node in self._outgoing:
-            self._outgoing.pop(node).close(linger=0)
+        if before is not None and peers.incarnation(node) != before:
+            self._forget_held(node)
+            if node in self._outgoing:
+                self._outgoing.pop(node).close(linger=0)
         if lost:
             for scope in self._flushing:
                 scope.cancel()
         return lost
+
+    def is_alive(self, process: Identity) -> bool:
+        """Whether membership still has this incarnation: nothing more is to be taken from one that it has not."""
+        return self._peers.incarnation(process.node) == process.incarnation
 
     def completion(self, message_id: str) -> Completion:
         """What became of a message sent from here; `KeyError` if there was none with this id."""
@@ -332,6 +414,9 @@ class Endpoint:
             connections=len(self._outgoing),
             connected=self._connected,
             wakeups=self._wakeups,
+            dropped=self._faults.dropped,
+            duplicated=self._faults.duplicated,
+            delayed=self._faults.delayed,
         )
 
     # Time and the end
@@ -340,7 +425,7 @@ class Endpoint:
         """Acknowledge and resend in time. Sleeps for good while nothing is outstanding."""
         with self._life:
             while True:
-                due = self._timer_at = self._peers.due
+                due = self._timer_at = self._due()
                 deadline = trio.current_time() + (due - monotonic_ns()) / 1e9 if due < NEVER else float("inf")
                 with trio.CancelScope(deadline=deadline) as self._timer:
                     await trio.sleep_forever()
@@ -360,6 +445,7 @@ class Endpoint:
         self._peers.take()
         self._peers.settle()
         self._post(now)
+        self._release(NEVER)
 
     def _close(self) -> None:
         """Free the sockets; waits a moment for frames that are on their way."""

@@ -34,6 +34,7 @@ class Event(msgspec.Struct, frozen=True):
 _VMCS = {"vmcs": "physical address of the VMCS region"}
 _RESULT = {"result": "outcome of the instruction"}
 _CUR = {"cur": "current-VMCS pointer before the instruction"}
+_KIND = {"kind": "read_version, install, offline, online, or td_ and a step in the life of a TD"}
 _TOKEN = {"epoch": "fencing token, high part", "number": "fencing token, low part"}
 
 EVENTS: dict[str, Event] = {
@@ -128,6 +129,10 @@ EVENTS: dict[str, Event] = {
         "The vCPU cannot go on: KVM_EXIT_FAIL_ENTRY or an internal error.",
         {"vcpu": "task number", **_VMCS, "why": "a sentence", "hardware_reason": "VM-instruction error, 0 if none"},
     ),
+    "vcpu_lost": Event(
+        "The vCPU cannot be loaded: its VMCS, or its TD's association, was lost with a CPU that died.",
+        {"vcpu": "task number", **_VMCS, "cpu": "that died"},
+    ),
     "wrong_data": Event(
         "A field or the guest's state is not what this vCPU's software copy says.",
         {"vcpu": "task number", **_VMCS, "what": "field name", "expected": "value", "got": "value"},
@@ -165,6 +170,10 @@ EVENTS: dict[str, Event] = {
         "A cross-call's function has run here.", {"call": "unique number", "func": "name", "source": "CPU"}
     ),
     "csd_done": Event("The sender saw its cross-call complete.", {"call": "unique number"}),
+    "csd_lost": Event(
+        "The sender gives its cross-call up: the target is dead. Not Linux, which waits for ever.",
+        {"call": "unique number", "target": "CPU"},
+    ),
     "lock_request": Event(
         "A lock is asked for.", {"lock": "name", "request": "number", "level": "0 task, 1 IRQ, 2 NMI"}
     ),
@@ -193,23 +202,32 @@ EVENTS: dict[str, Event] = {
     "strategy_error": Event(
         "seamldr_call broke its contract.", {"error": "what is wrong", "where": "FILE:LINE, or empty"}
     ),
-    "admin_begin": Event("A request of user space starts.", {"request": "number", "kind": "read_version or install"}),
+    "admin_begin": Event("A request of user space starts.", {"request": "number", **_KIND}),
     "admin_end": Event(
         "A request of user space has ended.",
         {
             "request": "number",
-            "kind": "read_version or install",
+            **_KIND,
             "errno": "0 or negative",
             "text": "what was read or said",
         },
     ),
     "update_begin": Event("Update control is reset.", {"update": "number", "online": "CPUs that take part"}),
+    "stop_enter": Event("The stopper of this CPU has come to stop_machine.", {}),
+    "stop_exit": Event("The stopper of this CPU has left stop_machine.", {}),
     "state_enter": Event("A CPU starts the work of a stage.", {"update": "number", "state": "name"}),
     "ack": Event(
         "A CPU acknowledges a stage.",
         {"update": "number", "state": "name", "ret": "errno", "num_ack": "count after", "num_failed": "count after"},
     ),
     "state_advance": Event("The stage advances.", {"update": "number", "state": "new stage"}),
+    "stop_abort": Event(
+        "The stopper of this CPU leaves stop_machine, which an operator has given up. Not Linux.",
+        {"state": "of stop_machine then"},
+    ),
+    "stop_freed": Event(
+        "The stop_machine of a CPU that died is over: its mutex is unlocked. Not Linux.", {"owner": "CPU that died"}
+    ),
     "update_end": Event("stop_machine has returned.", {"update": "number", "ret": "errno"}),
     "update_refused": Event("An update was refused before it began.", {"errno": "negative", "why": "a sentence"}),
     "module_init_flag": Event(
@@ -219,9 +237,34 @@ EVENTS: dict[str, Event] = {
         "TDH.VP.ENTER has returned. Without --trace the first after each load, and those that fail.",
         {"vcpu": "task number", "td": "number", "status": "RAX", "counter": "the guest's counter"},
     ),
+    "td_measured": Event(
+        "The owner of a TD that was built has compared its measurement.",
+        {"td": "number", "mrtd": "as the module says, hex", "expected": "as its owner computes it, hex"},
+    ),
+    "td_error": Event(
+        "A SEAMCALL for a TD that KVM builds or ends has failed.", {"td": "number", "leaf": "its name", "status": "RAX"}
+    ),
     "td_flush": Event("TDH.VP.FLUSH has returned.", {"vcpu": "task number", "status": "RAX"}),
     "warn": Event("A kernel warning with stack.", {"text": "what it says"}),
     "log": Event("A kernel log line.", {"text": "what it says"}),
+    "soft_lockup": Event(
+        "The watchdog of this CPU: ticks are taken, but its own thread, which goes before all others, does not run.",
+        {
+            "cpu": "number",
+            "stuck_s": "since its last turn",
+            "task": "what runs, NAME:PID",
+            "operations": "that this CPU has done meanwhile, to within a quantum",
+            "text": "as the kernel says it",
+        },
+    ),
+    "hard_lockup": Event(
+        "The watchdog of this CPU: the next CPU in the online mask takes no tick of its timer.",
+        {"cpu": "that CPU", "stuck_s": "since it was seen to take one", "text": "as the kernel says it"},
+    ),
+    "lockup_over": Event(
+        "The watchdog of this CPU: what was reported as a lockup has moved.",
+        {"cpu": "number", "kind": "soft_lockup or hard_lockup", "stuck_s": "how long it had not"},
+    ),
     # The lock service and the SEAM side (written by the seamldr process)
     "lock_queue": Event(
         "A request reached the service.",
@@ -251,6 +294,56 @@ EVENTS: dict[str, Event] = {
     "lock_withdraw": Event(
         "A request or grant ended because its CPU is dead.", {"lock": "name", "by": "CPU", "request": "number"}
     ),
+    "lock_hang": Event(
+        "A dead CPU keeps the lock for ever (lock_policy=hang).",
+        {"lock": "name", "by": "CPU", "request": "number", **_TOKEN},
+    ),
+    "lock_expire": Event(
+        "A live CPU has lost the lock: its lease has ended while another waits (lock_policy=lease).",
+        {"lock": "name", "by": "CPU", "request": "number", **_TOKEN, "held_ns": "since the grant"},
+    ),
+    "service_restart": Event(
+        "The service was started again: it grants nothing until the CPUs have claimed what they hold and wait for.",
+        {
+            "epoch": "of the tokens from now on",
+            "asked": "CPUs that are alive",
+            "inside": "CPU inside P-SEAMLDR, by the state in the SEAM range; -1 for none",
+        },
+    ),
+    "lock_claim": Event(
+        "A CPU says that it holds a lock, or waits for it (token 0, 0).",
+        {
+            "lock": "name",
+            "by": "CPU",
+            "request": "number",
+            "level": "0, 1 or 2",
+            "asked": "Lamport time of the request",
+            **_TOKEN,
+        },
+    ),
+    "lock_restore": Event(
+        "A holder goes on holding, under its old token.", {"lock": "name", "to": "CPU", "request": "number", **_TOKEN}
+    ),
+    "lock_recovered": Event("Holders and waiters are known; grants begin.", {"locks": "names"}),
+    "seam_resume": Event(
+        "A call that is inside since before the service was started again goes on.",
+        {"by": "CPU", "leaf": "RAX", "name": "of the leaf"},
+    ),
+    "seam_answer": Event(
+        "A call that came again gets the answer that it got before.",
+        {"by": "CPU", "leaf": "RAX", "name": "of the leaf", "entered": "SEAM was entered"},
+    ),
+    "seam_fenced": Event(
+        "A call of P-SEAMLDR under a token whose lease has ended: not entered, and the CPU is halted.",
+        {
+            "by": "CPU",
+            "leaf": "RAX",
+            "name": "of the leaf",
+            **_TOKEN,
+            "holder_epoch": "token of the holder of seamldr_lock, 0 if none",
+            "holder_number": "token of the holder of seamldr_lock, 0 if none",
+        },
+    ),
     "seam_enter": Event(
         "A SEAMCALL reached the platform.",
         {
@@ -271,11 +364,25 @@ EVENTS: dict[str, Event] = {
     "seam_dead": Event(
         "A CPU died inside SEAM, or its firmware hit a fatal error.", {"by": "CPU", "why": "a sentence"}
     ),
+    # Tasks (written by the CPUs, and by the KVM process for CPUs that died)
+    "task_enqueue": Event("A task is on the run queue of this CPU.", {"task": "number"}),
+    "task_dequeue": Event(
+        "A task has left the run queue of this CPU.", {"task": "number", "to": "CPU that it is sent to, -1 for none"}
+    ),
+    "task_lost": Event("A task was lost with the CPU that had it.", {"task": "number", "cpu": "that died"}),
     # The KVM process
+    "request_lost": Event(
+        "User space gets no answer: the CPU that it asked has died, or user space's own process did.",
+        {"request": "number", "cpu": "number"},
+    ),
+    "workload_resume": Event(
+        "User space was started again and goes on where its workload was.",
+        {"elapsed_ns": "since the workload began", "tasks": "that live", "updates": "that were begun"},
+    ),
     "task_place": Event("A task is put on a CPU.", {"task": "number", "cpu": "number"}),
     "task_move": Event("A task is asked to move.", {"task": "number", "to": "CPU"}),
     "request": Event(
-        "User space asks for something.", {"request": "number", "kind": "read_version or install", "cpu": "number"}
+        "User space asks for something.", {"request": "number", **_KIND, "cpu": "number"}
     ),
     "seamldr_info": Event(
         "SEAMLDR.INFO has answered.",
@@ -309,6 +416,23 @@ EVENTS: dict[str, Event] = {
         },
     ),
     # Any process
+    "link_fault": Event(
+        "The faults on the frames that leave this process have changed.",
+        {"rules": "those in force now, each with what is not its default", "seed": "of what is drawn"},
+    ),
+    "link_backlog": Event(
+        "Many messages wait for a peer that takes none.", {"to": "its node", "waiting": "messages beyond the window"}
+    ),
+    "link_totals": Event(
+        "What became of the frames of this process, at its end. Only if link faults met any.",
+        {
+            "sent": "messages",
+            "dropped": "frames lost by link faults",
+            "duplicated": "frames transmitted twice by link faults",
+            "delayed": "frames held back by link faults",
+            "resent": "frames transmitted again",
+        },
+    ),
     "refused": Event("A frame on the bus was refused.", {"reason": "a word", "head": "first bytes, hex"}),
     "broken": Event("A process met a bug of its own.", {"error": "what it is"}),
 }

@@ -66,10 +66,14 @@ class Invariant(Observer):
 
 
 EXPLAINED_BY_DEATH: dict[str, str] = {
+    "I35": "a CPU that dies right after its SEAMCALL has told nobody, so another, or its successor, makes it again",
     "I37": "a CPU that dies leaves the machine without leaving the online mask",
-    "I50": "a dead holder gives no lock back if the lock service is told to hang, as a kernel would",
+    "I38": "a CPU that dies right after TDH.SYS.SHUTDOWN or TDH.SYS.UPDATE leaves the kernel with its old belief",
+    "I50": "a dead holder keeps the lock with `lock_policy=hang`, as in a kernel; a dead lock service grants none",
     "I51": "a dead CPU runs no cross-call, and does not see its own end",
     "I52": "a dead CPU acknowledges no stage, so the update stays where it is",
+    "I53": "a dead CPU takes no ticks, and who waits for it with interrupts off takes none either",
+    "I56": "a CPU that is dead neither goes nor comes, and asks for nothing more",
     "I58": "what is sent to a dying CPU arrives at most once; a dying sender may leave no record of what it sent",
     "I59": "a dead CPU runs no cross-call",
 }

@@ -40,7 +40,7 @@ class CallsComplete(Invariant):
     sentence = "Every cross-call that is waited for completes."
     source = "kernel csd_lock_wait()"
     broken_by = "two CPUs that wait for each other with interrupts off; a lock held over a call; a lost interrupt"
-    consequence_of = ("I26", "I58")
+    consequence_of = ("I25", "I26", "I58")
 
     def at_end(self, ending: Ending) -> None:
         shadow = ending.shadow

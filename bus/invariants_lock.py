@@ -8,6 +8,7 @@ from __future__ import annotations
 from bus.invariant import EXPLAINED_BY_DEATH, Invariant
 from bus.records import Record
 from bus.shadow import P_SEAMLDR, Shadow, cpu_node
+from bus.spec import SEAMLDR
 from bus.waits import Ending, holders
 
 SEAMLDR_LOCK = "seamldr_lock"
@@ -46,15 +47,20 @@ class OneInside(Invariant):
     def on_seam_dead(self, record: Record, shadow: Shadow) -> None:
         self._inside.pop(cpu_node(record["by"]), None)
 
-
-def fenced(record: Record) -> bool:
-    """Whether a `seam_enter` was kept out because its token is not the holder's any more."""
-    token = (record["epoch"], record["number"])
-    return not record["admitted"] and token not in ((0, 0), (record["holder_epoch"], record["holder_number"]))
+    def on_service_restart(self, record: Record, shadow: Shadow) -> None:
+        """SEAM goes on as it was; a return that its old process did not live to write shows in who is inside."""
+        inside = cpu_node(record["inside"])
+        self._inside = {node: enter for node, enter in self._inside.items() if node == inside}
+        if record["inside"] >= 0:
+            self._inside.setdefault(inside, record)
 
 
 class HolderCalls(Invariant):
-    """Two halves: grants against releases, and the token of each call against that of the holder."""
+    """Two halves: grants against releases, and the token of each call against that of the holder.
+
+    A holder loses the lock only by a release, by its death, or by the end of a lease, and that not while it is in
+    P-SEAMLDR. After a restart of the service the CPUs say who holds it, and they name one.
+    """
 
     id = "I20"
     slug = "calls-by-holder"
@@ -62,20 +68,60 @@ class HolderCalls(Invariant):
     source = "kernel seamldr_call(): raw_spin_lock(&seamldr_lock)"
     broken_by = "a strategy that calls without the lock; a lock service that grants twice"
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._inside: dict[str, Record] = {}
+        self._expired: set[tuple[int, int]] = set()
+        self._claimed: Record | None = None
+
+    def on_service_restart(self, record: Record, shadow: Shadow) -> None:
+        self._claimed = None
+        inside = cpu_node(record["inside"])
+        self._inside = {node: enter for node, enter in self._inside.items() if node == inside}
+
+    def on_lock_claim(self, record: Record, shadow: Shadow) -> None:
+        token = (record["epoch"], record["number"])
+        if record["lock"] != SEAMLDR_LOCK or token == (0, 0) or token in self._expired:
+            return
+        if self._claimed is not None:
+            self.violated(
+                f"{cpu_node(self._claimed['by'])} and {cpu_node(record['by'])} both hold seamldr_lock",
+                ("holder", self._claimed),
+                ("second", record),
+            )
+        self._claimed = record
+
+    def on_lock_expire(self, record: Record, shadow: Shadow) -> None:
+        self._expired.add((record["epoch"], record["number"]))
+        by = cpu_node(record["by"])
+        if record["lock"] == SEAMLDR_LOCK and by in self._inside:
+            self.violated(
+                f"{by} lost seamldr_lock while it was in P-SEAMLDR", ("inside", self._inside[by]), ("lost", record)
+            )
+
+    def on_seam_return(self, record: Record, shadow: Shadow) -> None:
+        self._inside.pop(cpu_node(record["by"]), None)
+
+    on_seam_dead = on_seam_return
+
     def on_lock_grant(self, record: Record, shadow: Shadow) -> None:
         granted = shadow.lock(record["lock"]).granted
-        if record["lock"] == SEAMLDR_LOCK and (granted or record["holders"] > 1):
+        if record["lock"] == SEAMLDR_LOCK and (granted or record.get("holders", 1) > 1):
             self.violated(
                 f"seamldr_lock was granted to {cpu_node(record['to'])} while it was held",
                 ("holder", next(iter(granted.values()), None)),
                 ("second", record),
             )
 
+    on_lock_restore = on_lock_grant
+
     def on_seam_enter(self, record: Record, shadow: Shadow) -> None:
         token = (record["epoch"], record["number"])
         holder = (record["holder_epoch"], record["holder_number"])
-        if not record["leaf"] & P_SEAMLDR or fenced(record):
+        if not record["leaf"] & P_SEAMLDR:
             return
+        if record["admitted"]:
+            self._inside[cpu_node(record["by"])] = record
         if token == (0, 0) or token != holder:
             self.violated(
                 f"{cpu_node(record['by'])} called P-SEAMLDR without holding seamldr_lock",
@@ -102,7 +148,7 @@ class NeverBusy(Invariant):
             return
         if record["admitted"]:
             self._inside = record
-        elif record["alive"] and not fenced(record):
+        elif record["alive"]:
             self.violated(
                 f"{cpu_node(record['by'])} found P-SEAMLDR busy and got VMfailInvalid",
                 ("inside", self._inside),
@@ -111,7 +157,10 @@ class NeverBusy(Invariant):
 
 
 class FirstComeFirstServed(Invariant):
-    """Order of first receipt within one incarnation of the service; a new one is asked again by its waiters."""
+    """Order of first receipt within one incarnation of the service.
+
+    Those who waited when it was started again queue first, by the Lamport time of their requests, then by CPU.
+    """
 
     id = "I24"
     slug = "fifo-lock"
@@ -122,14 +171,30 @@ class FirstComeFirstServed(Invariant):
     def __init__(self) -> None:
         super().__init__()
         self._queues: dict[str, dict[tuple[str, int], Record]] = {}
-        self._pid = 0
+        self._claims: dict[str, dict[tuple[str, int], Record]] = {}
+
+    def on_service_restart(self, record: Record, shadow: Shadow) -> None:
+        self._queues.clear()
+        self._claims.clear()
+
+    def on_lock_claim(self, record: Record, shadow: Shadow) -> None:
+        if record["epoch"] == 0:
+            key = (cpu_node(record["by"]), record["request"])
+            self._claims.setdefault(record["lock"], {})[key] = record
 
     def on_lock_queue(self, record: Record, shadow: Shadow) -> None:
-        if record["pid"] != self._pid:
-            self._pid = record["pid"]
-            self._queues.clear()
-        key = (cpu_node(record["by"]), record["request"])
-        self._queues.setdefault(record["lock"], {}).setdefault(key, record)
+        lock, key = record["lock"], (cpu_node(record["by"]), record["request"])
+        claims = self._claims.get(lock)
+        if claims:
+            first = min(claims, key=lambda claim: (claims[claim]["asked"], claims[claim]["by"]))
+            if first != key:
+                self.violated(
+                    f"{first[0]} asked for {lock} first, and {key[0]} queued again before it",
+                    ("first", claims[first]),
+                    ("queued", record),
+                )
+            claims.pop(key, None)
+        self._queues.setdefault(lock, {}).setdefault(key, record)
 
     def on_lock_grant(self, record: Record, shadow: Shadow) -> None:
         queue = self._queues.setdefault(record["lock"], {})
@@ -149,7 +214,7 @@ class FirstComeFirstServed(Invariant):
 
 
 class TokensGrow(Invariant):
-    """Per lock, over all incarnations of its service."""
+    """Per lock, over all incarnations of its service. A holder is restored under the last token, never an older one."""
 
     id = "I57"
     slug = "tokens-grow"
@@ -173,21 +238,33 @@ class TokensGrow(Invariant):
         else:
             self._last[record["lock"]] = record
 
+    def on_lock_restore(self, record: Record, shadow: Shadow) -> None:
+        last = self._last.get(record["lock"])
+        if last is None or (record["epoch"], record["number"]) != (last["epoch"], last["number"]):
+            self.violated(
+                f"{cpu_node(record['to'])} holds {record['lock']} again under token ({record['epoch']}, "
+                f"{record['number']}), which is not the last",
+                ("last", last),
+                ("restored", record),
+            )
+
 
 class RequestsGranted(Invariant):
-    """Judged when the history is over, by what can still move."""
+    """Judged when the history is over, by what can still move. A dead holder is an excuse if the policy is to hang."""
 
     id = "I50"
     slug = "lock-granted"
     sentence = "Every request of a live CPU for a lock is granted, if holders are live."
     source = "liveness of a fair lock; hazards: a holder that waits for its waiter, an owner in the interrupted context"
     broken_by = "a lock taken twice by one CPU; a cross-call under the lock; a lost grant"
+    consequence_of = ("I25",)
 
     def at_end(self, ending: Ending) -> None:
         shadow = ending.shadow
         for (node, lock, request), record in shadow.requests.items():
             holding = holders(shadow, lock, node, request)
-            dead = [name for name in (node, *holding) if name in shadow.gone]
+            needed = [node, SEAMLDR, *(holding if shadow.hangs else ())]
+            dead = [name for name in needed if name in shadow.gone]
             if dead:
                 self.excused.append(f"{node} waits for {lock}, {dead[0]} is dead: {EXPLAINED_BY_DEATH[self.id]}")
             elif shadow.finished or ending.is_stuck(record):

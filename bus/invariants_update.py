@@ -152,11 +152,18 @@ class EachCpuOnce(Invariant):
         who = "" if leaf == TDH_SYS_INIT else record["node"]
         before = self._done.setdefault((leaf, who), record)
         if before is not record:
-            self.violated(f"{record['name']} executed twice in one update", ("first", before), ("again", record))
+            why = f"{record['name']} executed twice in one update"
+            self._broken(shadow, why, ("first", before), ("again", record))
+
+    def _broken(self, shadow: Shadow, why: str, *parts: tuple[str, Record]) -> None:
+        if any(node.startswith("cpu") for node in shadow.dead):
+            self.excused.append(f"{why}: {EXPLAINED_BY_DEATH[self.id]}")
+        else:
+            self.violated(why, *parts)
 
     def on_update_end(self, record: Record, shadow: Shadow) -> None:
         if record["ret"] == 0 and shadow.open_update() is not None and (TDH_SYS_INIT, "") not in self._done:
-            self.violated("an update succeeded without TDH.SYS.INIT", ("ended", record))
+            self._broken(shadow, "an update succeeded without TDH.SYS.INIT", ("ended", record))
 
 
 class OnlineSetConstant(Invariant):

@@ -12,8 +12,13 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from bus.linkfaults import MAX_RULES, LinkRule
+
 MAX_FRAME = 64 * 1024
 """Longest frame in bytes that an endpoint reads."""
+
+MAX_MISSING = 128
+"""Sequence numbers that one frame can report missing."""
 
 Text = Annotated[str, Meta(max_length=4096)]
 Name = Annotated[str, Meta(min_length=1, max_length=64)]
@@ -125,6 +130,13 @@ class Proceed(Message, frozen=True, tag="proceed"):
     """The launcher to a process: whatever the fault did is done, or the fault is taken back; go on."""
 
     fault: U32
+
+
+class SetLinkFaults(Message, frozen=True, tag="set_link_faults"):
+    """The launcher to a process: from now on these rules for the frames that leave you, and no others."""
+
+    rules: Annotated[tuple[LinkRule, ...], Meta(max_length=MAX_RULES)]
+    seed: U64
 
 
 # What processors send each other
@@ -284,8 +296,26 @@ class InstallModule(Message, frozen=True, tag="install_module"):
     params: U64
 
 
+class Hotplug(Message, frozen=True, tag="hotplug"):
+    """User space writes to the `online` file of CPU `cpu`; a worker on the CPU that gets this takes it in or out."""
+
+    request: U64
+    cpu: CpuNumber
+    online: bool
+
+
 class Preempt(Message, frozen=True, tag="preempt"):
     """Something short runs on this CPU now: whatever vCPU is there is scheduled out and in again."""
+
+
+class BuildTd(Message, frozen=True, tag="build_td"):
+    """User space asks KVM for one step in the life of TD `td`, whose vCPU is `task`; `pages` are its buffers."""
+
+    request: U64
+    command: Annotated[str, Meta(pattern=r"^(init_vm|init_vcpu|init_mem_region|finalize_vm|run|destroy)\Z")]
+    td: Annotated[int, Meta(ge=0, lt=128)]
+    task: U32
+    pages: tuple[U64, ...] = ()
 
 
 class AdminDone(Message, frozen=True, tag="admin_done"):
@@ -313,6 +343,7 @@ Body = (
     | ArmFault
     | FaultReached
     | Proceed
+    | SetLinkFaults
     | Query
     | Waits
     | Ipi
@@ -333,6 +364,8 @@ Body = (
     | StopTask
     | ReadVersion
     | InstallModule
+    | Hotplug
+    | BuildTd
     | Preempt
     | AdminDone
     | Finish
@@ -343,7 +376,8 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     """One frame. Sequence numbers belong to the pair of incarnations, not to a socket.
 
     `sequence` counts from 1; 0 means that the frame carries nothing but an acknowledgement. `acknowledged` is the
-    highest sequence number up to which the sender has everything that the receiver sent to it.
+    highest sequence number up to which the sender has everything that the receiver sent to it; `missing` are numbers
+    that it does not have although it has later ones, in a frame that carries no message.
     """
 
     key: Annotated[bytes, Meta(min_length=16, max_length=16)]
@@ -355,6 +389,7 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     acknowledged: U64
     clock: U64
     body: Body | None = None
+    missing: Annotated[tuple[U64, ...], Meta(max_length=MAX_MISSING)] = ()
 
 
 _encoder = msgspec.msgpack.Encoder()

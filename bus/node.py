@@ -7,19 +7,23 @@ import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import trio
 
 from bus.clock import LamportClock
 from bus.endpoint import CONNECTIONS, Endpoint, open_endpoint
 from bus.link import Delivery, Identity
 from bus.memory import PhysicalMemory
-from bus.messages import ArmFault, Body, FaultReached, Hello, Proceed, Stopped
+from bus.messages import ArmFault, Body, FaultReached, Hello, Proceed, SetLinkFaults, Stopped
 from bus.points import FaultPoints
 from bus.records import Recorder, open_records
 from bus.spec import KVM, LAUNCHER, SEAMLDR, MachineSpec, cpu_number
 
 HEAD = 16
 """Bytes of a refused frame that its record shows."""
+
+LINK_TOTALS = ("resent", "duplicates", "reordered", "dropped", "duplicated", "delayed")
+"""What a process that ends tells the launcher of its `Statistics`."""
 
 
 class Node:
@@ -48,6 +52,9 @@ class Node:
                 self.points.disarm(fault)
                 if fault == self._stands_at:
                     self._stands_at = 0
+            case SetLinkFaults(rules=rules, seed=seed):
+                self.endpoint.set_link_faults(rules, seed)
+                self.emit("link_fault", rules=[msgspec.to_builtins(rule) for rule in rules], seed=seed)
             case _:
                 return False
         self.recorder.watcher = self.points.see if self.points.any else None
@@ -65,9 +72,7 @@ class Node:
         late: list[Delivery] = []
         while self._stands_at:
             await self.endpoint.wait()
-            for delivery in self.endpoint.drain_nowait():
-                if not self.handle_control(delivery.body):
-                    late.append(delivery)
+            late += [one for one in self.endpoint.drain_nowait() if not self.handle_control(one.body)]
         self.points.due = None
         return late
 
@@ -78,11 +83,20 @@ class Node:
     async def say_goodbye(self, totals: dict[str, int]) -> None:
         """Tell the launcher that this process has come to its end in good order, and wait until it has heard.
 
-        What went to others is not waited for: they leave at the same time. To its own totals the process adds how
-        often its links had to repeat, and how often they saw repeated or reordered, frames.
+        What went to others is not waited for: they leave at the same time. To its own totals the process adds what
+        became of the frames on its links.
         """
         counts = self.endpoint.statistics()
-        links = {"resent": counts.resent, "duplicates": counts.duplicates, "reordered": counts.reordered}
+        if counts.dropped or counts.duplicated or counts.delayed:
+            self.emit(
+                "link_totals",
+                sent=counts.sent,
+                dropped=counts.dropped,
+                duplicated=counts.duplicated,
+                delayed=counts.delayed,
+                resent=counts.resent,
+            )
+        links = {name: getattr(counts, name) for name in LINK_TOTALS}
         self.endpoint.send(LAUNCHER, Stopped(totals | links))
         await self.endpoint.flush([LAUNCHER])
 
@@ -100,9 +114,13 @@ async def join(spec: MachineSpec, node: str, incarnation: int) -> AsyncIterator[
     def on_refused(reason: str, head: bytes) -> None:
         recorder.emit("refused", reason=reason, head=head[:HEAD].hex())
 
+    def on_backlog(to: str, waiting: int) -> None:
+        recorder.emit("link_backlog", to=to, waiting=waiting)
+
     connections = len(spec.nodes()) + 1 if node in (LAUNCHER, SEAMLDR, KVM) else CONNECTIONS
     async with open_endpoint(identity, spec.socket_dir, spec.key, clock, on_refused, connections) as endpoint:
         endpoint.expect([LAUNCHER, *spec.nodes()])
+        endpoint.on_backlog = on_backlog
         for member in spec.members:
             endpoint.member(member.node, member.incarnation, "online" if member.alive else "dead")
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterable
 
-from bus.link import NEVER, Completion, Delivery, Identity, Link, Outbox, Refusal
+from bus.link import NEVER, Completion, Crowded, Delivery, Identity, Link, Outbox, Refusal
 from bus.messages import MAX_FRAME, Body, Envelope, decode
 
 KEY_SIZE = 16
@@ -31,6 +31,7 @@ class Peers:
         self.own = own
         self.key = key
         self.outbox: Outbox = []
+        self.crowded: Crowded = []
         self.refused: dict[str, int] = {}
         self.delivered = 0
         self.due = NEVER
@@ -68,13 +69,16 @@ class Peers:
         return None if link is None or link.ended else link.peer.incarnation
 
     def _create(self, peer: Identity) -> Link:
-        link = Link(self.own, peer, self.key, self.outbox)
+        link = Link(self.own, peer, self.key, self.outbox, self.crowded)
         self._current[peer.node] = link
         self._every[link.outward] = link
         return link
 
     def send(self, node: str, body: Body, clock: int, now: int) -> str:
-        """Send `body`, stamped with Lamport time `clock`; returns the message id. `ValueError` if it is too long."""
+        """Send `body`, stamped with Lamport time `clock`; returns the message id.
+
+        Raises `ValueError` if it is too long, `BacklogError` if too many wait for this peer.
+        """
         link = self._current.get(node)
         if link is None:
             link = self._create(Identity(node, 1))
@@ -166,6 +170,18 @@ class Peers:
             link.active = link.due < NEVER
         self._active = [link for link in self._active if link.active]
         self.due = min((link.due for link in self._active), default=NEVER)
+
+    def report_gaps(self, now: int) -> None:
+        """Tell the peers which frames are missing, if what was just received shows that."""
+        if self.due <= now:
+            for link in self._active:
+                link.report_gap(now)
+
+    def retry(self, now: int) -> None:
+        """The channel has changed: resend soon, however long peers have been silent."""
+        for link in self._active:
+            link.retry(now)
+            self._note(link)
 
     def settle(self) -> None:
         """Transmit every acknowledgement that is owed: the process is about to leave."""

@@ -47,7 +47,6 @@ class Point(msgspec.Struct, frozen=True):
 
 
 _LOCK = {"lock": SEAMLDR_LOCK}
-_AT_SERVICE = {"seen_by": SEAMLDR}
 
 POINTS: dict[str, Point] = {
     "before-acquire": Point("seamldr_call begins; the lock is not asked for yet.", "strategy_begin"),
@@ -97,6 +96,11 @@ POINTS: dict[str, Point] = {
     ),
     "migration": Point("A VMCS was cleared elsewhere and is not loaded here yet.", "list_add"),
     "in-guest": Point("A plain guest runs on the CPU.", "*guest"),
+    "td-build": Point(
+        "A TD is being built: its first pages are about to be added and measured.",
+        "admin_begin",
+        {"kind": "td_init_mem_region"},
+    ),
     "in-td": Point("A TD runs on the CPU: it is inside the TDX module.", "*td", {}, SEAMLDR, "by"),
 }
 
@@ -162,8 +166,8 @@ class FaultPoints:
             if armed.cpu in (-1, cpu) and armed.point.matches(fields):
                 armed.left -= 1
                 if armed.left <= 0:
+                    self.disarm(armed.fault)
                     self.due = Reached(armed.fault, cpu)
-                    self._armed[event].remove(armed)
                     if self.on_due is not None:
                         self.on_due()
                     return

@@ -32,6 +32,15 @@ def cpu_node(cpu: int | str) -> str:
     return f"cpu{cpu}" if isinstance(cpu, int) else cpu
 
 
+def node_order(node: str) -> tuple[bool, int, str]:
+    """To sort nodes by: CPUs by their number, then the others.
+
+    >>> sorted(["kvm", "cpu10", "cpu9"], key=node_order)
+    ['cpu9', 'cpu10', 'kvm']
+    """
+    return not node.startswith("cpu"), len(node), node
+
+
 def stage_rank(name: str) -> int:
     """Position of a stage; the state after DONE comes last.
 
@@ -85,6 +94,8 @@ class LockShadow(msgspec.Struct):
 
     granted: dict[tuple[int, int], Record] = msgspec.field(default_factory=dict)
     """Tokens granted and not given back, with the grant."""
+    dropped: set[tuple[int, int]] = msgspec.field(default_factory=set)
+    """Those of them that their holder has let go; the service has not heard of it yet."""
     held: dict[str, Record] = msgspec.field(default_factory=dict)
     """Nodes that hold it, with their `lock_hold`."""
 
@@ -98,7 +109,25 @@ class UpdateShadow(msgspec.Struct):
     rank: int = 1
     failed: int = 0
     acks: dict[int, Counter[str]] = msgspec.field(default_factory=dict)
+    acked: dict[str, Record] = msgspec.field(default_factory=dict)
+    """The last acknowledgement of each node that holds the lock around it still."""
+    waiting: dict[str, Record] = msgspec.field(default_factory=dict)
+    """The last acknowledgement of each other node: it waits for the stage to advance."""
+    came: dict[str, Record] = msgspec.field(default_factory=dict)
+    """Nodes whose stopper has come to stop_machine, or has been seen in the callback, with that record."""
+    advance: Record | None = None
+    """What began the stage, if it is not the first."""
     end: Record | None = None
+
+    @property
+    def late(self) -> list[str]:
+        """Nodes that take part and have not come to stop_machine."""
+        return sorted((self.online or frozenset()) - self.came.keys(), key=node_order)
+
+    @property
+    def missing(self) -> list[str]:
+        """Nodes that take part and have not acknowledged the stage."""
+        return sorted((self.online or frozenset()) - self.acks.get(self.rank, Counter()).keys(), key=node_order)
 
     def acknowledged(self, rank: int) -> bool:
         """Whether every CPU that takes part has acknowledged the stage."""
@@ -113,6 +142,7 @@ class Shadow:
         self.clears = str(knobs.get("seamret_launch", "preserve")) == "clear"
         self.sweeps = str(knobs.get("seamret_scope", "current_only")) == "all_active_on_lp"
         self.fixed = is_set(knobs.get("vmx_basic_bit60", 0))
+        self.hangs = str(knobs.get("lock_policy", "release")) == "hang"
         self.cpus: dict[str, CpuShadow] = {}
         self.vmcs: dict[int, VmcsShadow] = {}
         self.locks: dict[str, LockShadow] = {}
@@ -123,6 +153,8 @@ class Shadow:
         self.waiting: list[Record] = []
         """What `process_waits` records told of processes that did not end."""
         self.update: UpdateShadow | None = None
+        self.uploads: dict[str, Record] = {}
+        """The last `fw_upload` of each upload node."""
         self.dead: set[str] = set()
         """Nodes that ended without being asked to, at any time of the run so far."""
         self.gone: set[str] = set()
@@ -289,6 +321,13 @@ class Shadow:
         cpu.load = record
         self.v(record["vmcs"]).load = record
 
+    def _on_vcpu_lost(self, record: Record) -> None:
+        """What a dead CPU had of it in its cache is gone."""
+        shadow, node = self.v(record["vmcs"]), cpu_node(record["cpu"])
+        if node in shadow.active:
+            self._deactivate(self.cpu(node), record["vmcs"])
+            shadow.launched = None
+
     def _on_strategy_begin(self, record: Record) -> None:
         self.cpu(record["node"]).strategies[record.get("ctx", "")] += 1
 
@@ -311,25 +350,42 @@ class Shadow:
         self.lock(record["lock"]).held[record["node"]] = record
 
     def _on_lock_drop(self, record: Record) -> None:
-        self.lock(record["lock"]).held.pop(record["node"], None)
+        lock = self.lock(record["lock"])
+        lock.held.pop(record["node"], None)
+        lock.dropped.add((record["epoch"], record["number"]))
+        update = self.open_update()
+        if update is not None and record["node"] in update.acked:
+            update.waiting[record["node"]] = update.acked.pop(record["node"])
 
     def _on_lock_grant(self, record: Record) -> None:
         self.lock(record["lock"]).granted[record["epoch"], record["number"]] = record
+
+    _on_lock_restore = _on_lock_grant
 
     def _on_lock_release(self, record: Record) -> None:
         if not record["stale"]:
             lock, token = self.lock(record["lock"]), (record["epoch"], record["number"])
             lock.granted.pop(token, None)
+            lock.dropped.discard(token)
             held = lock.held.get(cpu_node(record["by"]))
             if held is not None and (held["epoch"], held["number"]) == token:
                 del lock.held[held["node"]]
 
+    def _on_lock_expire(self, record: Record) -> None:
+        self.lock(record["lock"]).granted.pop((record["epoch"], record["number"]), None)
+
+    def _on_service_restart(self, record: Record) -> None:
+        for lock in self.locks.values():
+            lock.granted.clear()
+
     def _on_lock_withdraw(self, record: Record) -> None:
         self.requests.pop((cpu_node(record["by"]), record["lock"], record["request"]), None)
-        granted = self.lock(record["lock"]).granted
-        for token, grant in list(granted.items()):
+        lock, by = self.lock(record["lock"]), cpu_node(record["by"])
+        for token, grant in list(lock.granted.items()):
             if grant["to"] == record["by"] and grant["request"] == record["request"]:
-                del granted[token]
+                del lock.granted[token]
+        if by in lock.held and lock.held[by]["request"] == record["request"]:
+            del lock.held[by]
 
     def _on_csd_lock(self, record: Record) -> None:
         if record["wait"]:
@@ -337,6 +393,8 @@ class Shadow:
 
     def _on_csd_done(self, record: Record) -> None:
         self.calls.pop((record["node"], record["call"]), None)
+
+    _on_csd_lost = _on_csd_done
 
     # Update
 
@@ -349,14 +407,41 @@ class Shadow:
         update = self.open_update()
         if update is not None and update.begin["update"] == record["update"]:
             update.acks.setdefault(stage_rank(record["state"]), Counter())[record["node"]] += 1
+            update.waiting.pop(record["node"], None)
+            update.acked[record["node"]] = record
             update.failed += record["ret"] != 0
+
+    def _on_stop_enter(self, record: Record) -> None:
+        update = self.open_update()
+        if update is not None:
+            update.came.setdefault(record["node"], record)
+
+    def _on_state_enter(self, record: Record) -> None:
+        self._on_stop_enter(record)
+        update = self.open_update()
+        if update is not None:
+            update.waiting.pop(record["node"], None)
 
     def _on_state_advance(self, record: Record) -> None:
         update = self.open_update()
         if update is not None and update.begin["update"] == record["update"]:
             update.rank = stage_rank(record["state"])
+            update.advance = record
 
     def _on_update_end(self, record: Record) -> None:
         update = self.open_update()
         if update is not None and update.begin["update"] == record["update"]:
             update.end = record
+
+    def _on_stop_freed(self, record: Record) -> None:
+        update = self.open_update()
+        if update is not None and update.begin["node"] == cpu_node(record["owner"]):
+            update.end = record
+
+    # The user's interface
+
+    def _on_sysfs_tree(self, record: Record) -> None:
+        self.uploads.clear()
+
+    def _on_fw_upload(self, record: Record) -> None:
+        self.uploads[record["name"]] = record

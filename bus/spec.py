@@ -57,7 +57,6 @@ class MachineSpec(msgspec.Struct, frozen=True):
     boot_image: str
     images: tuple[str, ...]
     trusted_signers: tuple[str, ...]
-    lock_policy: str = "release"
     sysfs: str = ""
     members: tuple[MemberState, ...] = ()
     clock: int = 0

@@ -142,8 +142,11 @@ class Statistics(Observer):
         self._max_holders = 0
         self._last_token = 0
         self._killed = 0
+        self._stopped = 0
         self._restarted = 0
         self._times: dict[str, int] = {}
+        self._links: Counter[str] = Counter()
+        self._backlogs: dict[str, int] = {}
 
     # Processes and time
 
@@ -155,6 +158,9 @@ class Statistics(Observer):
             self._restarted += 1
         else:
             self._times["online"] = max(record["ts"], self._times.get("online", 0))
+
+    def on_fault(self, record: Record, shadow: Shadow) -> None:
+        self._stopped += record["kind"] == "stop"
 
     def on_process_exit(self, record: Record, shadow: Shadow) -> None:
         self._killed += not record["wanted"]
@@ -172,13 +178,20 @@ class Statistics(Observer):
     def on_broken(self, record: Record, shadow: Shadow) -> None:
         self.broken.append(f"{record['node']} met a bug of its own: {record['error']}")
 
+    # The bus
+
+    def on_link_totals(self, record: Record, shadow: Shadow) -> None:
+        self._links.update({name: record[name] for name in ("sent", "dropped", "duplicated", "delayed", "resent")})
+
+    def on_link_backlog(self, record: Record, shadow: Shadow) -> None:
+        self._backlogs[f"from {record['node']} to {record['to']}"] = record["waiting"]
+
     # Work
 
     def on_log(self, record: Record, shadow: Shadow) -> None:
         self.kernel_log[record["text"]] += 1
 
-    def on_warn(self, record: Record, shadow: Shadow) -> None:
-        self.kernel_log[record["text"]] += 1
+    on_warn = on_soft_lockup = on_hard_lockup = on_log
 
     def on_seamcall_enter(self, record: Record, shadow: Shadow) -> None:
         self.seamcalls[record["name"]] += 1
@@ -232,6 +245,17 @@ class Statistics(Observer):
         """One count of `counters`, over all CPUs and all their incarnations."""
         return sum(counts.get(name, 0) for counts in self._counters.values())
 
+    def notes(self) -> list[str]:
+        """Sentences about the bus: what link faults did to it, and messages that had to wait."""
+        links = self._links
+        sentences = [f"{waiting} messages {way} waited at once" for way, waiting in sorted(self._backlogs.items())]
+        if links:
+            sentences.append(
+                f"link faults dropped {links['dropped']}, doubled {links['duplicated']} and delayed {links['delayed']} "
+                f"frames; {links['sent']} messages were sent, {links['resent']} frames sent again"
+            )
+        return sentences
+
     def vmx(self) -> dict[str, int]:
         """VMX instructions and their errors."""
         return {name: self.total(name) for name in VMX_COUNTS}
@@ -256,7 +280,7 @@ class Statistics(Observer):
     def processes(self) -> dict[str, object]:
         """CPUs by node with the pid of their last incarnation, and what happened to processes."""
         cpus = {node: self._cpus[node] for node in sorted(self._cpus, key=lambda node: (len(node), node))}
-        return {"cpus": cpus, "killed": self._killed, "stopped": 0, "restarted": self._restarted}
+        return {"cpus": cpus, "killed": self._killed, "stopped": self._stopped, "restarted": self._restarted}
 
     def seconds(self) -> dict[str, float]:
         """How long it took until all were online, how long the machine then ran, and both with the taking down."""

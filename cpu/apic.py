@@ -14,6 +14,7 @@ class Vector(enum.IntEnum):
     """Interrupt vectors of Linux (arch/x86/include/asm/irq_vectors.h)."""
 
     NMI = 0x02
+    LOCAL_TIMER = 0xEC
     POSTED_INTR = 0xF2
     IRQ_WORK = 0xF6
     REBOOT = 0xF8

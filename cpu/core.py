@@ -19,7 +19,7 @@ import msgspec
 
 from bus.clock import LamportClock
 from bus.memory import PhysicalMemory
-from cpu.apic import LocalApic
+from cpu.apic import LocalApic, Vector
 from cpu.layout import WATCH_SLOTS, PerCpu, per_cpu
 from cpu.vmx import VmxUnit
 
@@ -148,6 +148,18 @@ class Counters(msgspec.Struct):
     operations: int = 0
 
 
+class LockRequest(msgspec.Struct):
+    """A lock that a context of this CPU (`level`: 0 task, 1 interrupt, 2 NMI) asked for at Lamport time `clock`.
+
+    It waits for the lock while `token` is (0, 0), and holds it then.
+    """
+
+    lock: str
+    level: int
+    clock: int
+    token: tuple[int, int] = (0, 0)
+
+
 class CpuCore:
     """State of the logical processor and of the kernel's control flow on it; `Cpu` adds the operations."""
 
@@ -182,14 +194,20 @@ class CpuCore:
         self.contexts: list[str] = ["idle"]
         self.count = Counters()
         self.recent_loads: deque[tuple[int, int]] = deque(maxlen=WATCH_SLOTS)
+        self.sleep_words = 1
+        self.lives = 0
+        """How often this CPU has come up, as its per-CPU word says; tells its processes apart."""
         self.waits_for: tuple[str, str] = ("", "")
         self.tokens: dict[str, tuple[int, int]] = {}
         self.grants: dict[int, tuple[int, int]] = {}
+        self.requests: dict[int, LockRequest] = {}
+        """What this CPU waits for or holds, by request number: what it tells a lock service that starts again."""
         self.next_request = 0
         self.warned: set[str] = set()
         self.irq_work: deque[CpuFunction] = deque()
         self.nmi_work: deque[CpuFunction] = deque()
         self.pmi_pending = False
+        self.watchdog_turns = 0
         self.resched_point = False
         self._nmi_inject = str(kernel.knobs.get("nmi_inject", "off"))
         self._samples: Counter[str] = Counter()
@@ -240,11 +258,22 @@ class CpuCore:
         self._samples[point] += 1
         return self._nmi_inject == "sampled" and self._samples[point] % NMI_PERIODS[point] == 0
 
+    def take_what_waits(self) -> None:
+        """Look at the queue of cross-calls although no interrupt has come: whoever should have sent it has died."""
+        if self.memory.load(self.percpu.call_single_queue)[0]:
+            self.apic.accept(Vector.CALL_FUNCTION_SINGLE)
+
     def lock_granted(self, request: int, epoch: int, number: int) -> None:
         """The shell has a grant for this CPU."""
         self.grants[request] = (epoch, number)
         word = self.percpu.lock_grants
         self.memory.store(word, self.memory.load(word)[0] + 1, self.clock.tick())
+
+    def give_lock_back(self, lock: str, token: tuple[int, int]) -> None:
+        """Hold the lock no longer, and tell the service."""
+        self.tokens.pop(lock, None)
+        self.requests = {n: one for n, one in self.requests.items() if (one.lock, one.token) != (lock, token)}
+        self.world.lock_release(lock, *token)
 
     def __repr__(self) -> str:
         return (

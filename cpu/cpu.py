@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from bus.memory import PAGE_SIZE
-from cpu.core import CpuCore, SeamReply, SeamTrap, Trap, trap
+from cpu.core import CpuCore, LockRequest, SeamReply, SeamTrap, Trap, trap
 from cpu.layout import PerCpu
 from cpu.ops_vmx import VmxOperations
 from cpu.struct import NONE
@@ -109,15 +109,30 @@ class Cpu(VmxOperations, CpuCore):
         await self.give_way()
         return old
 
-    async def llist_add(self, node: int, head: int) -> bool:
-        """Push a node, whose first word is its next pointer, on a lock-free list; True if the list was empty."""
+    async def cmpxchg(self, word: int, expected: int, value: int) -> int:
+        """Store `value` if `expected` is there; return what was there."""
+        with self.memory.atomic(word):
+            old, stamp = self.memory.load(word)
+            self.clock.merge(stamp)
+            if old == expected:
+                self._store(word, value)
+        await self.give_way()
+        return old
+
+    async def llist_add(self, node: int, head: int, *, unless: int = 0) -> bool | None:
+        """Push a node, whose first word is its next pointer, on a lock-free list; True if the list was empty.
+
+        Nothing is pushed, and the answer is None, if the word `unless` is set: that of a CPU whose list dies with it.
+        """
         with self.memory.atomic(head):
             first, stamp = self.memory.load(head)
             self.clock.merge(stamp)
-            self._store(node, first)
-            self._store(head, node)
+            refused = bool(unless and self.memory.load(unless)[0])
+            if not refused:
+                self._store(node, first)
+                self._store(head, node)
         await self.give_way()
-        return first == 0
+        return None if refused else first == 0
 
     async def read_phys(self, pa: int, length: int) -> bytes:
         """Copy bytes out of pages that no other context writes meanwhile."""
@@ -196,10 +211,12 @@ class Cpu(VmxOperations, CpuCore):
         await trap(Trap.RELAX)
         self.recent_loads.clear()
 
-    async def schedule(self) -> None:
-        """Sleep until the word read last changes; other threads run meanwhile. Task context, preemption on."""
+    async def schedule(self, words: int = 1) -> None:
+        """Sleep until one of the `words` read last changes; other threads run meanwhile. Task context, preemption on.
+        """
         if self.preempt_count or not self.irqs_on:
             self.warn_on_once(True, "BUG: scheduling while atomic")
+        self.sleep_words = words
         await trap(Trap.SLEEP)
         self.recent_loads.clear()
 
@@ -266,7 +283,9 @@ class Cpu(VmxOperations, CpuCore):
             self.emit("seamcall_enter", leaf=rax, name=name, attempt=attempt, cur=cur, epoch=epoch, number=number)
         if rax >> 63:
             self.nmi_due("in-seam")
+        self.vmx.in_seam = True
         reply: SeamReply = await trap(SeamTrap(rax, registers, guest))
+        self.vmx.in_seam = False
         lost = NONE
         if reply.entered and rax >> 63:
             knobs = self.kernel.knobs
@@ -309,6 +328,7 @@ class LockGuard:
     def __init__(self, cpu: Cpu, lock: RawSpinLock, *, irqsave: bool, plain: bool = False) -> None:
         self.cpu = cpu
         self.lock = lock
+        self.plain = plain
         self.sleeps = plain and cpu.kernel.knobs.get("preemption") == "rt"
         self.irqsave = irqsave and not self.sleeps
         self.flags = False
@@ -316,6 +336,7 @@ class LockGuard:
 
     async def __aenter__(self) -> LockGuard:
         cpu = self.cpu
+        self._lockdep()
         if self.irqsave:
             self.flags = await cpu.local_irq_save()
         if self.sleeps:
@@ -325,23 +346,32 @@ class LockGuard:
         self.token = await self._spin()
         return self
 
+    def _lockdep(self) -> None:
+        """What lockdep says before the lock is taken, whether or not it will deadlock this time."""
+        cpu = self.cpu
+        cpu.warn_on_once(self.plain and cpu.level > 0, "[ BUG: Invalid wait context ]")
+        if self.lock.name in cpu.tokens and not self.sleeps:
+            text = "inconsistent lock state" if cpu.level else "possible recursive locking detected"
+            cpu.warn_on_once(True, f"WARNING: {text}: {self.lock.name}")
+
     async def _spin(self) -> tuple[int, int]:
         cpu, name = self.cpu, self.lock.name
         cpu.next_request += 1
         request, began = cpu.next_request, cpu.world.now_ns()
-        cpu.emit("lock_request", lock=name, request=request, level=cpu.level)
+        asked = cpu.emit("lock_request", lock=name, request=request, level=cpu.level)
+        cpu.requests[request] = LockRequest(name, cpu.level, asked)
         cpu.world.lock_acquire(name, cpu.level, request)
         cpu.recent_loads.clear()
         while request not in cpu.grants:
             cpu.waits_for = (f"spins on {name}", "seamldr")
             await self._wait(request)
         cpu.waits_for = ("", "")
-        epoch, number = cpu.grants.pop(request)
-        cpu.tokens[name] = (epoch, number)
+        token = cpu.grants.pop(request)
+        epoch, number = cpu.tokens[name] = cpu.requests[request].token = token
         waited = cpu.world.now_ns() - began
         cpu.emit("lock_hold", lock=name, request=request, epoch=epoch, number=number, waited_ns=waited)
         await cpu.give_way()
-        return epoch, number
+        return token
 
     async def _wait(self, request: int) -> None:
         if not self.sleeps:
@@ -358,9 +388,8 @@ class LockGuard:
             return
         cpu, name = self.cpu, self.lock.name
         epoch, number = self.token
-        cpu.tokens.pop(name, None)
         cpu.emit("lock_drop", lock=name, epoch=epoch, number=number)
-        cpu.world.lock_release(name, epoch, number)
+        cpu.give_lock_back(name, self.token)
         if not self.sleeps:
             await cpu.preempt_enable()
         if self.irqsave:

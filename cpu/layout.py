@@ -1,22 +1,30 @@
 """The map of physical memory: who lives where. Computed from the topology, the same in every process.
 
-    0x0010_0000  words of the whole kernel (online mask, update control, stop_machine) 0x0018_0000  TDVPR addresses of
-    the TDs that firmware built, plain u64 0x0020_0000  watch slots, 64 bytes a CPU, in one row so that a store
-    searches them at memory speed 0x0100_0000  per-CPU areas, four pages a CPU: two of words, VMXON region, scratch
-    VMCS 0x0800_0000  task area, two pages a task: struct task with struct vcpu and struct loaded_vmcs, VMCS region
-    0x1000_0000  pages for user space's buffers and for SEAMLDR_PARAMS 0x4000_0000  SEAMRR: TDX module range, then
-    P_SEAMLDR_RANGE 0x6000_0000  PAMT of the one TDMR, and at 0x8000_0000 the TDMR itself: encrypted memory that only
-    the TDX module reads, so no RAM stands behind it here; what a TD has there is in the module's records, in the SEAM
-    range
+    0x0010_0000   words of the whole kernel (online mask, update control, stop_machine)
+    0x0018_0000   TDVPR addresses of the TDs that firmware built, plain u64
+    0x0020_0000   watch slots, 64 bytes a CPU, in one row so that a store searches them at memory speed
+    0x0100_0000   per-CPU areas, four pages a CPU: two of words, VMXON region, scratch VMCS
+    0x0800_0000   task area, two pages a task: struct task with struct vcpu and struct loaded_vmcs, VMCS region
+    0x0C00_0000   TD area, one page a TD that KVM builds: struct kvm_tdx
+    0x1000_0000   pages for user space's buffers and for SEAMLDR_PARAMS
+    0x4000_0000   SEAMRR: TDX module range, then P_SEAMLDR_RANGE
+    0x6000_0000   PAMT of the one TDMR; no RAM stands behind it
+    0x8000_0000   the TDMR, encrypted memory that only the TDX module reads: pages for TDs that KVM builds, then, with
+                  no RAM behind them, pages of the TDs that firmware built
+
+What a TD is, is in the module's records, in the SEAM range.
 """
 
 from __future__ import annotations
+
+import enum
 
 from bus.memory import PAGE_SIZE
 from cpu.struct import KernelStruct, Word
 
 MAX_CPUS = 4096
 MAX_TASKS = 8192
+MAX_TDS = 128
 WATCH_SLOTS = 8
 
 KERNEL_WORDS = 0x0010_0000
@@ -26,11 +34,14 @@ PER_CPU = 0x0100_0000
 PER_CPU_SIZE = 4 * PAGE_SIZE
 TASKS = 0x0800_0000
 TASK_SIZE = 2 * PAGE_SIZE
+TDS = 0x0C00_0000
 BUFFERS = 0x1000_0000
 BUFFERS_END = 0x4000_0000
 PAMT = 0x6000_0000
 TDMR = 0x8000_0000
 TDMR_SIZE = 1 << 30
+PAGES_PER_TD = 64
+TD_PAGES_END = TDMR + MAX_TDS * PAGES_PER_TD * PAGE_SIZE
 SEAMRR_BASE = 0x4000_0000
 P_SEAMLDR_SIZE = 32 << 20
 
@@ -42,7 +53,8 @@ def seamrr_size(cpus: int) -> int:
 
 def memory_size(cpus: int) -> int:
     """Bytes of physical memory, almost all of them never touched."""
-    return SEAMRR_BASE + seamrr_size(cpus)
+    assert SEAMRR_BASE + seamrr_size(cpus) <= PAMT
+    return TD_PAGES_END
 
 
 class MultiStop(KernelStruct):
@@ -55,6 +67,8 @@ class MultiStop(KernelStruct):
     thread_ack = Word()
     result = Word()
     nr_todo = Word()
+    active_cpu = Word()
+    """The one CPU that runs the callback, or NONE: all do."""
 
 
 class UpdateCtrl(KernelStruct):
@@ -76,6 +90,16 @@ class TdxState(KernelStruct):
     sysinit_ret = Word()
     version = Word()
     nr_keyids = Word()
+    features0 = Word()
+    phys_bits = Word()
+    """Physical address bits below the key id."""
+    global_keyid = Word()
+    guest_keyid_start = Word()
+    nr_guest_keyids = Word()
+    guest_keyid_pool = Word()
+    """A bit for each guest key id in use."""
+    tdcs_base_size = Word()
+    tdvps_base_size = Word()
 
 
 class KernelData(KernelStruct):
@@ -88,14 +112,27 @@ class KernelData(KernelStruct):
     multi_stop = Word(MultiStop.SIZE // 32)
     update_ctrl = Word(UpdateCtrl.SIZE // 32)
     tdx = Word(TdxState.SIZE // 32)
-    hotplug_readers = Word()
     hotplug_writer = Word()
+    upload_mutex = Word()
+    """One install at a time, whoever asked for it."""
     virt_rebooting = Word()
     kvm_unloaded = Word()
     crashing_cpu = Word()
     crash_waits = Word()
+    tdx_lock = Word()
+    """KVM's mutex around SEAMCALLs that want the key ownership table for themselves."""
+    kvm_text_freed = Word()
+    """KVM's code is gone from memory: whoever jumps into it faults."""
     update_abort = Word()
     """Set by an operator who gives an update up whose CPU has died; Linux has nothing like it."""
+    workload_began = Word()
+    """When user space started its workload (monotonic clock, ns); 0 before. User space's own words, like the next."""
+    workload_updates = Word()
+    """How many of the workload's updates it has begun."""
+
+
+CSD_LEVELS = 3
+CSD_LIVES = 4
 
 
 class CallSingleData(KernelStruct):
@@ -103,6 +140,7 @@ class CallSingleData(KernelStruct):
 
     next = Word()
     flags = Word()
+    """CSD_FLAG_LOCK with the target's number above it, until the target has run it."""
     func = Word()
     info = Word()
     source = Word()
@@ -118,7 +156,8 @@ class PerCpu(KernelStruct):
     loaded_vmcss_on_cpu = Word(2)
     associated_tdvcpus = Word(2)
     call_single_queue = Word()
-    csd = Word(3 * CallSingleData.SIZE // 32)
+    csd = Word(CSD_LIVES * CSD_LEVELS * CallSingleData.SIZE // 32)
+    """For each context level; others may still read those of a process of this CPU that died, so they take turns."""
     stopper_work = Word()
     lp_initialized = Word()
     scratch_ready = Word()
@@ -128,14 +167,28 @@ class PerCpu(KernelStruct):
     cpuhp_work = Word()
     cpuhp_result = Word()
     halted = Word()
+    lives = Word()
+    """How often this CPU has come up in a new process."""
+    hotplug_reads = Word()
+    """Holders of the hotplug lock's read side here (a percpu-rwsem)."""
     dead = Word()
     """The launcher's word: the process of this CPU has died, and no new one is there yet."""
     active = Word()
     """Tasks may run here; the scheduler's own mask (`cpu_active_mask`)."""
     nr_tasks = Word()
-    """vCPU threads on this CPU."""
+    """Threads on this CPU that keep it from going offline: vCPUs' and readers'."""
     heartbeat = Word()
     """Ticks of the watchdog's timer that were taken with interrupts on."""
+    heartbeat_saved = Word()
+    watchdog_touch = Word()
+
+
+class CpuhpWork(enum.IntEnum):
+    """What the hotplug thread of a CPU is asked for (`cpuhp_work`)."""
+
+    NONE = 0
+    OFFLINE = 1
+    ONLINE = 2
 
 
 class LoadedVmcs(KernelStruct):
@@ -149,7 +202,7 @@ class LoadedVmcs(KernelStruct):
     host_rsp = Word()
     host_cr3 = Word()
     exec_control = Word()
-    entry_control = Word()
+    secondary_exec_control = Word()
 
 
 class Task(KernelStruct):
@@ -188,6 +241,16 @@ def task_address(task: int) -> int:
 def task_vmcs(task: int) -> int:
     """Physical address of the page for the task's VMCS."""
     return TASKS + task * TASK_SIZE + PAGE_SIZE
+
+
+def td_address(td: int) -> int:
+    """Physical address of the words of a TD."""
+    return TDS + td * PAGE_SIZE
+
+
+def td_page(td: int, index: int) -> int:
+    """Physical address of one of the PAGES_PER_TD pages in encrypted memory that KVM has for a TD that it builds."""
+    return TDMR + (td * PAGES_PER_TD + index) * PAGE_SIZE
 
 
 def watch_slots(cpu: int) -> int:

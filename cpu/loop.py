@@ -65,6 +65,8 @@ class Thread:
         self.slice_exits = slice_exits
         self.slice_left = slice_exits
         self.sleeping_on: list[tuple[int, int]] | None = None
+        self.loads: list[tuple[int, int]] = []
+        """What it had read for its next wait when it lost the CPU."""
         self.notifier: Notifier | None = None
         self.move_to: int | None = None
         self.stopping = False
@@ -76,11 +78,12 @@ class Thread:
 
 
 class Frame(msgspec.Struct):
-    """One coroutine on the CPU's stack."""
+    """One coroutine on the CPU's stack. `loads` is what the code below it has read for its next wait."""
 
     body: Coroutine[Any, Any, Any]
     kind: str
     irqs_on: bool
+    loads: list[tuple[int, int]]
     then: Callable[[], None] | None = None
 
 
@@ -214,7 +217,7 @@ class StepLoop:
         irqs_on: bool = False,
     ) -> None:
         cpu = self.cpu
-        self.stack.append(Frame(body, kind, cpu.irqs_on, then))
+        self.stack.append(Frame(body, kind, cpu.irqs_on, list(cpu.recent_loads), then))
         cpu.contexts.append(cpu.context if kind == "switch" else kind)
         cpu.irqs_on = irqs_on
 
@@ -222,6 +225,7 @@ class StepLoop:
         frame = self.stack.pop()
         self.cpu.contexts.pop()
         self.cpu.irqs_on = frame.irqs_on
+        self._restore_loads(frame.loads)
         if frame.then is not None:
             frame.then()
 
@@ -241,7 +245,13 @@ class StepLoop:
         self._leave(thread)
         self._requeue(thread)
 
+    def _restore_loads(self, loads: list[tuple[int, int]]) -> None:
+        """Whoever was interrupted between a read and its wait still waits for what it read."""
+        self.cpu.recent_loads.clear()
+        self.cpu.recent_loads.extend(loads)
+
     def _leave(self, thread: Thread) -> None:
+        thread.loads = list(self.cpu.recent_loads)
         self.stack.clear()
         self.cpu.contexts[:] = ["idle"]
         self.current = self.cpu.thread = None
@@ -251,7 +261,8 @@ class StepLoop:
         cpu = self.cpu
         self.current = cpu.thread = thread
         cpu.contexts[:] = ["idle", thread.name]
-        self.stack.append(Frame(thread.body, "thread", True))
+        self._restore_loads(thread.loads)
+        self.stack.append(Frame(thread.body, "thread", True, []))
         cpu.irqs_on = True
         if thread.notifier is not None:
             cpu.preempt_count += 1
@@ -261,10 +272,10 @@ class StepLoop:
         self.cpu.preempt_count -= 1
 
     def _sleep(self) -> None:
-        """The running thread sleeps on the word that it read last."""
+        """The running thread sleeps on the words that it read last."""
         thread = self.current
         assert thread is not None
-        thread.sleeping_on = list(self.cpu.recent_loads)[-1:]
+        thread.sleeping_on = list(self.cpu.recent_loads)[-self.cpu.sleep_words :]
         self.sleepers.append(thread)
         if thread.notifier is None:
             self._leave(thread)

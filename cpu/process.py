@@ -12,8 +12,10 @@ import trio
 from bus.link import Delivery
 from bus.messages import (
     Body,
+    ClaimsEnd,
     Ipi,
     LockAcquire,
+    LockClaim,
     LockGrant,
     LockRelease,
     Member,
@@ -28,11 +30,15 @@ from bus.messages import (
 from bus.node import Node, join, shared_memory, until_terminated
 from bus.spec import LAUNCHER, SEAMLDR, MachineSpec, cpu_number
 from cpu import watch
+from cpu.apic import Vector
 from cpu.core import CpuFunction, GuestExit, GuestRun, Kernel, SeamReply, SeamTrap
 from cpu.cpu import Cpu
+from cpu.layout import per_cpu
 from cpu.loop import Need, Priority, StepLoop, Thread
+from cpu.softlockup import watchdog_thread
 from cpu.stop_machine import cpu_stopper_thread
 from cpu.vmx import VmxConfig, VmxUnit
+from cpu.watchdog_task import keep_watch
 
 QUANTUM = 256
 """Operations between two looks at the inbox."""
@@ -47,13 +53,15 @@ EXITS_PER_REST = 4
 class Personality(msgspec.Struct, frozen=True):
     """What the rooms above make of a CPU: its kernel, how it comes up and goes down, and what messages make it do.
 
-    `spawn` turns a message that is not the CPU's own into a new thread, or into a change of one that is there.
+    `cpuhp` is its hotplug thread. `spawn` turns a message that is not the CPU's own into a new thread, or into a change
+    of one that is there.
     """
 
     config: VmxConfig
     kernel: Kernel
     cpu_up: CpuFunction
     cpu_down: CpuFunction
+    cpuhp: CpuFunction
     spawn: Callable[[CpuProcess, Body], Thread | None]
     thread_ended: Callable[[CpuProcess, Thread], None]
 
@@ -107,9 +115,17 @@ class CpuProcess:
         self.stopping = False
         self.done = False
         self._rested = monotonic_ns()
+        self._nap = trio.CancelScope()
         self._exits = 0
         self._calls = 0
+        self._call: Seamcall | None = None
+        """The SEAMCALL that this CPU is in."""
+        self._told = False
+        """Its guest knows that an event is pending, if it runs one."""
         self._seamret: Seamret | None = None
+        states = {member.node: member.incarnation for member in node.spec.members}
+        self._service = states.get(SEAMLDR, 1)
+        """Incarnation of the lock service that has, or needs not, this CPU's claims."""
 
     def _fault_due(self) -> None:
         """The operation that runs is the last one before the shell looks."""
@@ -132,6 +148,8 @@ class CpuProcess:
                 self._interrupt(delivery, ipi)
             case Ring():
                 pass
+            case LockGrant() | Seamret() if not self.endpoint.is_alive(delivery.source):
+                pass  # it came with the record of its sender's death; what was claimed since then holds
             case LockGrant(request=request, epoch=epoch, number=number):
                 self.cpu.lock_granted(request, epoch, number)
             case Seamret() as seamret:
@@ -140,6 +158,10 @@ class CpuProcess:
                 self._begin_to_stop()
             case Member(node=node, incarnation=incarnation, state=state):
                 self.endpoint.member(node, incarnation, state)
+                if node == SEAMLDR and state == "online" and incarnation > self._service:
+                    self._service = incarnation
+                    self.claim()
+                self._interrupt_again(node, state)
             case Query():
                 self.endpoint.send(LAUNCHER, self._waits())
             case body:
@@ -147,6 +169,36 @@ class CpuProcess:
                     thread = self.personality.spawn(self, body)
                     if thread is not None:
                         self.loop.add(thread)
+
+    def _interrupt_again(self, node: str, state: str) -> None:
+        """An interrupt may be lost that a CPU sent at its death, or that was sent to it then.
+
+        What waits for this CPU in memory is taken; to a new process what waits for that is announced again.
+        """
+        number = cpu_number(node)
+        if number is None or state == "offline":
+            return
+        if state == "dead":
+            self.cpu.take_what_waits()
+            return
+        area, send = per_cpu(number), self.cpu.world.send_ipi
+        waiting = (area.call_single_queue, Vector.CALL_FUNCTION_SINGLE), (area.stopper_work, Vector.RESCHEDULE)
+        for word, vector in waiting:
+            if self.cpu.memory.load(word)[0]:
+                self.cpu.count.ipis_sent += 1
+                message = send(number, vector, False)
+                self.cpu.emit("ipi_send", target=number, vector=int(vector), nmi=0, id=message)
+
+    def claim(self) -> None:
+        """A lock service that has started again is told all that this CPU holds and waits for, and its SEAMCALL."""
+        cpu, send = self.cpu, self.endpoint.send
+        for request, one in cpu.requests.items():
+            epoch, number = cpu.grants.get(request, one.token)
+            send(SEAMLDR, LockClaim(one.lock, one.level, request, one.clock, epoch, number))
+        send(SEAMLDR, ClaimsEnd())
+        if self._call is not None:
+            self._told = False
+            send(SEAMLDR, self._call)
 
     def _waits(self) -> Waits:
         cpu = self.cpu
@@ -172,8 +224,17 @@ class CpuProcess:
     def _thread_ended(self, thread: Thread) -> None:
         if thread.name == "down":
             self.done = self.loop.halted = True
+        elif thread.name == "up":
+            self._came_up()
         else:
             self.personality.thread_ended(self, thread)
+
+    def _came_up(self) -> None:
+        """Only now, since RAM may have held work for the threads of the process before this one."""
+        cpu, number = self.cpu, self.cpu.number
+        self.loop.add(Thread(f"migration/{number}", Priority.STOPPER, cpu_stopper_thread(cpu)))
+        self.loop.add(Thread(f"cpuhp/{number}", Priority.KERNEL, self.personality.cpuhp(cpu)))
+        self.node.say_hello(os.getpid())
 
     def _begin_to_stop(self) -> None:
         if not self.stopping:
@@ -212,6 +273,15 @@ class CpuProcess:
         for delivery in await self.node.stand_still():
             self._handle(delivery)
 
+    async def _wait(self) -> None:
+        """Until a message may have come, or the timer has ticked."""
+        with trio.CancelScope() as self._nap:
+            await self.endpoint.wait()
+
+    def wake(self) -> None:
+        """An event that is no message is due: whoever waits looks again."""
+        self._nap.cancel()
+
     async def _breathe(self) -> None:
         now = monotonic_ns()
         if now - self._rested > BREATH_NS:
@@ -224,7 +294,7 @@ class CpuProcess:
         if self._poll() or self.loop.event_due():
             return
         if watch.arm(cpu.memory, cpu.number, loads):
-            await self.endpoint.wait()
+            await self._wait()
         watch.disarm(cpu.memory, cpu.number)
         self._poll()
 
@@ -243,7 +313,7 @@ class CpuProcess:
                 self._poll()
                 if apic.nmi_pending or apic.irr:
                     break
-                await self.endpoint.wait()
+                await self._wait()
         if not guest_time.cancelled_caught:
             self._poll()
         if apic.nmi_pending:
@@ -257,8 +327,8 @@ class CpuProcess:
         self._calls += 1
         epoch, number = cpu.tokens.get("seamldr_lock", (0, 0))
         call = Seamcall(self._calls, request.rax, request.registers, epoch, number, cpu.irqs_on)  # type: ignore[arg-type]
+        self._call, self._told = call, False
         self.endpoint.send(SEAMLDR, call)
-        told = not request.guest
         if request.guest:
             self.loop.account_exit()
         cpu.waits_for = ("in SEAM", SEAMLDR)
@@ -267,11 +337,12 @@ class CpuProcess:
             seamret = self._seamret
             if seamret is not None and seamret.call == self._calls:
                 break
-            if not told and (cpu.apic.irr or cpu.apic.nmi_pending):
-                told = True
+            if request.guest and not self._told and (cpu.apic.irr or cpu.apic.nmi_pending):
+                self._told = True
                 self.endpoint.send(SEAMLDR, SeamcallEvent(self._calls, cpu.apic.nmi_pending))
-            await self.endpoint.wait()
+            await self._wait()
         cpu.waits_for = ("", "")
+        self._call = None
         return SeamReply(seamret.entered, seamret.rax, seamret.registers)
 
     def counters(self) -> None:
@@ -290,11 +361,14 @@ async def _main(spec: MachineSpec, name: str, incarnation: int, number: int, per
     async with until_terminated(), join(spec, name, incarnation) as node:
         process = CpuProcess(node, number, personality)
         cpu = process.cpu
-        process.loop.add(Thread(f"migration/{number}", Priority.STOPPER, cpu_stopper_thread(cpu)))
+        if any(member.node == SEAMLDR for member in spec.members):
+            process.claim()  # that it has nothing to claim: its service may be waiting for all
         process.loop.add(Thread("up", Priority.KERNEL, personality.cpu_up(cpu)))
-        while process.loop.step() is Need.POLL:
-            pass
-        node.say_hello(os.getpid())
-        await process.run()
+        async with trio.open_nursery() as nursery:
+            if thresh_s := cpu.kernel.knobs["watchdog_thresh"]:
+                process.loop.add(Thread(f"watchdog/{number}", Priority.STOPPER, watchdog_thread(cpu)))
+                nursery.start_soon(keep_watch, cpu, thresh_s, process.wake)
+            await process.run()
+            nursery.cancel_scope.cancel()
         process.counters()
         await node.say_goodbye(msgspec.structs.asdict(cpu.count))

@@ -7,6 +7,7 @@ The same kernel code and cores run here as in the live machine. The lock service
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from bus.memory import PhysicalMemory
 from cpu import watch
 from cpu.core import GuestExit, GuestRun, Kernel, SeamReply, SeamTrap
 from cpu.cpu import Cpu
+from cpu.layout import per_cpu
 from cpu.loop import Need, StepLoop, Thread
 from cpu.vmx import VmxConfig, VmxUnit
 
@@ -46,6 +48,8 @@ class SteppedWorld:
         machine = self.machine
         machine.messages += 1
         message = f"m{machine.messages}"
+        if target in machine.dead:
+            return message
         receiver = machine.cpus[target]
         coalesced = receiver.apic.accept_nmi() if nmi else receiver.apic.accept(vector)
         receiver.clock.merge(machine.cpus[self.number].clock.now)
@@ -80,27 +84,56 @@ class SteppedMachine:
         self.steps = 0
         self.messages = 0
         self.asleep: set[int] = set()
+        self.dead: set[int] = set()
+        self.births = [1] * num_cpus
+        """Incarnation of each CPU's process, which is its process id here."""
         self.ended: list[tuple[int, Thread]] = []
+        self.on_ended: Callable[[int, Thread], None] = lambda number, thread: None
         self.cpus: list[Cpu] = []
         self.loops: list[StepLoop] = []
         self._waiting: dict[int, GuestRun | SeamTrap] = {}
         for number in range(num_cpus):
-            self._add_cpu(number, config, kernel)
+            cpu = self._new_cpu(number, config, kernel)
+            self.cpus.append(cpu)
+            self.loops.append(self._new_loop(cpu))
 
-    def _add_cpu(self, number: int, config: VmxConfig, kernel: Kernel) -> None:
+    def _new_cpu(self, number: int, config: VmxConfig, kernel: Kernel) -> Cpu:
         unit = VmxUnit(config, self.memory)
         unit.reset_to_vmx_ready()
         clock = LamportClock()
-        cpu = Cpu(number, unit, self.memory, clock, SteppedWorld(self, number), kernel, self._emitter(number, clock))
-        self.cpus.append(cpu)
-        self.loops.append(StepLoop(cpu, lambda thread: self.ended.append((number, thread))))
+        return Cpu(number, unit, self.memory, clock, SteppedWorld(self, number), kernel, self._emitter(number, clock))
+
+    def _new_loop(self, cpu: Cpu) -> StepLoop:
+        return StepLoop(cpu, functools.partial(self._thread_ended, cpu.number))
+
+    def _thread_ended(self, number: int, thread: Thread) -> None:
+        self.ended.append((number, thread))
+        self.on_ended(number, thread)
+
+    def kill(self, number: int) -> None:
+        """The CPU's process is no more, at whatever operation it was; all others hear of it."""
+        self.dead.add(number)
+        self._waiting.pop(number, None)
+        self.memory.store(per_cpu(number).dead, 1, self.cpus[number].clock.now)
+        self.asleep.clear()
+        for cpu in self.cpus:
+            cpu.take_what_waits()
+
+    def bear(self, number: int) -> None:
+        """A new process in the place of a dead one: hardware as after INIT, and RAM as it is."""
+        old = self.cpus[number]
+        self.births[number] += 1
+        self.cpus[number] = cpu = self._new_cpu(number, old.vmx.config, old.kernel)
+        cpu.clock.merge(max(one.clock.now for one in [old, *self.cpus]))
+        self.loops[number] = self._new_loop(cpu)
+        self.dead.discard(number)
 
     def _emitter(self, number: int, clock: LamportClock) -> Callable[..., int]:
         def emit(event: str, /, **fields: object) -> int:
             time = clock.tick()
             cpu = self.cpus[number]
-            seq = len(self.records) + 1
-            head = {"ts": self.steps, "clock": time, "node": f"cpu{number}", "pid": 0, "seq": seq, "event": event}
+            seq, pid = len(self.records) + 1, self.births[number]
+            head = {"ts": self.steps, "clock": time, "node": f"cpu{number}", "pid": pid, "seq": seq, "event": event}
             self.records.append(head | cpu.record_context() | fields)
             return time
 
@@ -113,7 +146,7 @@ class SteppedMachine:
 
     def ready(self) -> list[int]:
         """CPUs that can step."""
-        return [number for number in range(len(self.cpus)) if number not in self.asleep]
+        return [number for number in range(len(self.cpus)) if number not in self.asleep and number not in self.dead]
 
     def waiting_for(self, number: int) -> GuestRun | SeamTrap | None:
         """What the CPU's next step ends: a run of its guest, or a residence in SEAM."""

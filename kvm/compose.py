@@ -9,18 +9,22 @@ import msgspec
 from cpu.apic import Vector
 from cpu.core import NMI_PERIODS, Kernel
 from cpu.irq_work import sysvec_irq_work
+from cpu.nmi_watchdog import watchdog_hrtimer_fn
 from cpu.smp import generic_smp_call_function_single_interrupt, sysvec_reschedule_ipi
 from cpu.vmx import VmxConfig
 from kvm.emergency import vmx_emergency_disable_virtualization_cpu
 from kvm.guest import run_guest
-from kvm.hotplug import kvm_disable_virtualization_cpu, kvm_enable_virtualization_cpu
+from kvm.hotplug import kvm_disable_virtualization_cpu, kvm_enable_virtualization_cpu, take_cpu_down
 from kvm.loaded_vmcs import clear_on_this_cpu, loaded_vmcs_clear_current, vmclear_local_loaded_vmcss
 from kvm.perf import default_do_nmi
+from kvm.td_build import tdx_do_tdh_mng_key_config
+from kvm.td_destroy import smp_func_do_phymem_cache_wb
 from kvm.tdx import tdx_flush_vp
 from seamldr.strategies import Strategy, find_strategy
 from seamldr.update import do_seamldr_install_module
 
 MAXPHYADDR = 46
+MAX_LEASE_MS = 3_600_000
 
 
 class Knobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -33,8 +37,11 @@ class Knobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kernel is built with. `vmxon_owner`: the core kernel counts users of VMX operation (the VMXON series), or KVM alone
     executes VMXON and VMXOFF (before it). `offline_irqs`: interrupts in KVM's CPU-offline callback. `enforce_gate`: the
     kernel refuses updates on a CPU with the erratum; "auto" is on for the strategy `refuse-on-erratum` alone.
-    `avoid_compat_sensitive`: TDH.SYS.SHUTDOWN is asked to refuse while a TD is being built. `seamdb_size`: modules that
-    may be installed. `fms`: CPUID.1.EAX. `seamldr_profile`, `module_profile`: which firmware.
+    `avoid_compat_sensitive`: TDH.SYS.SHUTDOWN is asked to refuse while a TD is being built; `detect_compat_sensitive`:
+    TDH.SYS.UPDATE is asked to fail the build of such a TD later. `seamdb_size`: modules that may be installed. `fms`:
+    CPUID.1.EAX. `seamldr_profile`, `module_profile`: which firmware. `watchdog_thresh`: seconds, 0 for no watchdog.
+    `lock_policy`: who gets the lock of a dead holder, and whether a wait for a dead CPU ends; with "lease" a live
+    holder loses the lock after `lease_ms` if somebody waits. Only "hang" is Linux.
     """
 
     seamret_launch: str = "preserve"
@@ -47,10 +54,14 @@ class Knobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     offline_irqs: str = "on"
     enforce_gate: str = "auto"
     avoid_compat_sensitive: str = "off"
+    detect_compat_sensitive: str = "off"
     seamdb_size: int = 65536
     fms: int = 0xC06F2
     seamldr_profile: str = "P15"
     module_profile: str = "A"
+    watchdog_thresh: int = 10
+    lock_policy: str = "release"
+    lease_ms: int = 1000
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -64,8 +75,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "offline_irqs": ("on", "off"),
     "enforce_gate": ("auto", "on", "off"),
     "avoid_compat_sensitive": ("off", "if_supported", "always"),
+    "detect_compat_sensitive": ("off", "if_supported"),
     "seamldr_profile": ("P15", "P20"),
     "module_profile": ("A", "B"),
+    "lock_policy": ("release", "hang", "lease"),
 }
 """The values that a knob may have; the other knobs are integers."""
 
@@ -91,6 +104,10 @@ def parse_knobs(settings: list[str]) -> Knobs:
     knobs = Knobs(**values)
     if not 1 <= knobs.seamdb_size <= 1 << 20:
         raise KnobError(f"knob seamdb_size is 1 to {1 << 20}, not {knobs.seamdb_size}")
+    if not 0 <= knobs.watchdog_thresh <= 60:
+        raise KnobError(f"knob watchdog_thresh is 0 to 60, not {knobs.watchdog_thresh}")
+    if not 1 <= knobs.lease_ms <= MAX_LEASE_MS:
+        raise KnobError(f"knob lease_ms is 1 to {MAX_LEASE_MS}, not {knobs.lease_ms}")
     if not 0 < knobs.fms < 1 << 32:
         raise KnobError(f"knob fms is a CPUID.1.EAX of 32 bits, not {knobs.fms:#x}")
     return knobs
@@ -115,14 +132,18 @@ def kernel(strategy: str | Strategy, knobs: Knobs, num_cpus: int) -> Kernel:
             Vector.CALL_FUNCTION_SINGLE: generic_smp_call_function_single_interrupt,
             Vector.IRQ_WORK: sysvec_irq_work,
             Vector.RESCHEDULE: sysvec_reschedule_ipi,
+            Vector.LOCAL_TIMER: watchdog_hrtimer_fn,
         },
         nmi=default_do_nmi,
         functions={
             "__loaded_vmcs_clear": clear_on_this_cpu,
             "tdx_flush_vp": tdx_flush_vp,
+            "tdx_do_tdh_mng_key_config": tdx_do_tdh_mng_key_config,
+            "smp_func_do_phymem_cache_wb": smp_func_do_phymem_cache_wb,
             "do_seamldr_install_module": do_seamldr_install_module,
             "kvm_enable_virtualization_cpu": kvm_enable_virtualization_cpu,
             "kvm_disable_virtualization_cpu": kvm_disable_virtualization_cpu,
+            "take_cpu_down": take_cpu_down,
         },
         static_calls={
             "seamldr_strategy": find_strategy(strategy) if isinstance(strategy, str) else strategy,

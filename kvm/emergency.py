@@ -14,6 +14,7 @@ from cpu.stop_machine import online_cpus
 from cpu.struct import container_of
 from kvm.loaded_vmcs import vmcs_clear
 from kvm.virt import x86_virt_emergency_disable_virtualization_cpu
+from seamldr.tdx_host import tdx_sys_disable
 
 SHOOTDOWN_LOOKS = 1000
 """How often the crashing CPU looks whether the others have halted before it goes on without them (one second)."""
@@ -66,5 +67,6 @@ async def machine_crash_shutdown(cpu: Cpu) -> bool:
     """native_machine_crash_shutdown on the crashing CPU; whether every other CPU has halted."""
     await cpu.local_irq_disable()
     halted = await nmi_shootdown_cpus(cpu)
+    await tdx_sys_disable(cpu)
     await x86_virt_emergency_disable_virtualization_cpu(cpu)
     return halted

@@ -6,17 +6,18 @@ A CPU goes down through its callbacks from the latest to the earliest: TDX ("vir
 
 from __future__ import annotations
 
-import enum
-from errno import EBUSY, EINVAL, EPERM
+from errno import EBUSY, EINVAL, ENXIO, EPERM
 
 from cpu.cpu import Cpu
-from cpu.hotplug_lock import cpus_write_lock, cpus_write_unlock
-from cpu.layout import KERNEL, TDX_STATE, per_cpu
+from cpu.hotplug_lock import cpus_read_lock, cpus_read_unlock, cpus_write_lock, cpus_write_unlock
+from cpu.layout import KERNEL, TDX_STATE, CpuhpWork, per_cpu
 from cpu.lists import ListWalk
+from cpu.rcu import synchronize_rcu
 from cpu.smp import smp_call_function_single, wake_up_process
-from cpu.stop_machine import online_cpus
+from cpu.stop_machine import online_cpus, stop_machine
 from cpu.struct import NONE, container_of
 from kvm.loaded_vmcs import vmclear_local_loaded_vmcss
+from kvm.run_queue import sched_cpu_activate, sched_cpu_deactivate
 from kvm.tdx import tdx_flush_vp
 from kvm.vcpu import TdVcpu
 from kvm.virt import (
@@ -26,15 +27,6 @@ from kvm.virt import (
     x86_vmx_enable_virtualization_cpu,
 )
 from seamldr.update import tdx_cpu_enable
-
-
-class CpuhpWork(enum.IntEnum):
-    """What the hotplug thread of a CPU is asked for."""
-
-    NONE = 0
-    OFFLINE = 1
-    ONLINE = 2
-
 
 # KVM
 
@@ -78,17 +70,28 @@ async def kvm_offline_cpu(cpu: Cpu) -> int:
 
 
 async def kvm_exit(cpu: Cpu) -> None:
-    """Unload KVM: no VM is left. On each CPU it stops using VMX operation; TDX, if it may, keeps it on."""
-    await cpu.store(KERNEL.kvm_unloaded, 1)
+    """Unload KVM: no VM is left. On each CPU it stops using VMX operation; TDX, if it may, keeps it on.
+
+    `kvm_unloaded` is the pointer by which the core kernel calls KVM, as NULL: only after a grace period is nobody left
+    who has read the old one, and KVM's code may go.
+    """
+    await cpus_read_lock(cpu)
     for target in await online_cpus(cpu):
         await smp_call_function_single(cpu, target, "kvm_disable_virtualization_cpu", 0)
+    await cpu.store(KERNEL.kvm_unloaded, 1)
+    await cpus_read_unlock(cpu)
+    await synchronize_rcu(cpu)
+    await cpu.store(KERNEL.kvm_text_freed, 1)
 
 
 async def kvm_init(cpu: Cpu) -> None:
     """Load KVM and create the first VM."""
+    await cpu.store(KERNEL.kvm_text_freed, 0)
+    await cpus_read_lock(cpu)
+    await cpu.store(KERNEL.kvm_unloaded, 0)
     for target in await online_cpus(cpu):
         await smp_call_function_single(cpu, target, "kvm_enable_virtualization_cpu", 0)
-    await cpu.store(KERNEL.kvm_unloaded, 0)
+    await cpus_read_unlock(cpu)
 
 
 # TDX
@@ -144,21 +147,44 @@ async def cpuhp_thread(cpu: Cpu) -> None:
             continue
         ret = await (_offline(cpu) if work == CpuhpWork.OFFLINE else _online(cpu))
         await cpu.store(percpu.cpuhp_result, ret & NONE)
-        await cpu.store(percpu.cpuhp_work, CpuhpWork.NONE)
+        # Not a plain store: if who asked for it has died, what was done is to be undone.
+        await cpu.cmpxchg(percpu.cpuhp_work, work, CpuhpWork.NONE)
 
 
 async def _offline(cpu: Cpu) -> int:
-    ret = await tdx_offline_cpu(cpu)
+    if not await cpu.load(cpu.percpu.active):
+        return 0  # done before, for a CPU that died over it
+    ret = await sched_cpu_deactivate(cpu)
     if ret:
         return ret
+    ret = await tdx_offline_cpu(cpu)
+    if ret:
+        await sched_cpu_activate(cpu)
+        return ret
     await kvm_offline_cpu(cpu)
+    return 0
+
+
+async def take_cpu_down(cpu: Cpu, _: int = 0) -> int:
+    """Under stop_machine, on the CPU that goes: out of the online mask."""
     await cpu.store(cpu.percpu.online, 0)
     await cpu.atomic_add(KERNEL.num_online, -1)
     cpu.emit("cpu_offline")
     return 0
 
 
+async def set_cpu_online(cpu: Cpu) -> None:
+    """Into the online mask, where a CPU still is that died."""
+    if not await cpu.load(cpu.percpu.online):
+        await cpu.store(cpu.percpu.online, 1)
+        await cpu.atomic_add(KERNEL.num_online, 1)
+    await sched_cpu_activate(cpu)
+    cpu.emit("cpu_online")
+
+
 async def _online(cpu: Cpu) -> int:
+    if await cpu.load(cpu.percpu.active):
+        return 0
     ret = await kvm_online_cpu(cpu)
     if ret:
         return ret
@@ -166,32 +192,55 @@ async def _online(cpu: Cpu) -> int:
     if ret:
         await kvm_offline_cpu(cpu)
         return ret
-    await cpu.store(cpu.percpu.online, 1)
-    await cpu.atomic_add(KERNEL.num_online, 1)
-    cpu.emit("cpu_online")
+    await set_cpu_online(cpu)
     return 0
 
 
 async def remove_cpu(cpu: Cpu, target: int) -> int:
     """Take another CPU offline; 0, -EPERM for CPU 0, -EINVAL if it is offline, or what a callback says."""
-    return -EPERM if target == 0 else await _cpuhp_kick(cpu, target, CpuhpWork.OFFLINE)
+    if target == 0:
+        return -EPERM
+    await cpus_write_lock(cpu)
+    ret = await _cpu_down(cpu, target)
+    await cpus_write_unlock(cpu)
+    return ret
 
 
 async def add_cpu(cpu: Cpu, target: int) -> int:
     """Take another CPU online; 0, -EINVAL if it is, or what a callback says."""
-    return await _cpuhp_kick(cpu, target, CpuhpWork.ONLINE)
+    await cpus_write_lock(cpu)
+    online = await cpu.load(per_cpu(target).online)
+    ret = -EINVAL if online else await _cpuhp_kick(cpu, target, CpuhpWork.ONLINE)
+    await cpus_write_unlock(cpu)
+    return ret
+
+
+async def _cpu_down(cpu: Cpu, target: int) -> int:
+    if not await cpu.load(per_cpu(target).online):
+        return -EINVAL
+    ret = await _cpuhp_kick(cpu, target, CpuhpWork.OFFLINE)
+    if ret:
+        return ret
+    ret = await stop_machine(cpu, "take_cpu_down", target, only=target)
+    if ret:
+        await _cpuhp_kick(cpu, target, CpuhpWork.ONLINE)
+    return ret
 
 
 async def _cpuhp_kick(cpu: Cpu, target: int, work: CpuhpWork) -> int:
+    """Have the hotplug thread of a CPU do its work and wait for it; -ENXIO if that CPU is dead.
+
+    In Linux, and with `lock_policy=hang`, the wait for a dead CPU has no end.
+    """
     percpu = per_cpu(target)
-    await cpus_write_lock(cpu)
-    if bool(await cpu.load(percpu.online)) == (work is CpuhpWork.ONLINE):
-        await cpus_write_unlock(cpu)
-        return -EINVAL
+    waits_for_ever = cpu.kernel.knobs.get("lock_policy") == "hang"
     await cpu.store(percpu.cpuhp_work, work)
     await wake_up_process(cpu, target)
     while await cpu.load(percpu.cpuhp_work):
-        await cpu.schedule()
+        if await cpu.load(percpu.dead) and not waits_for_ever:
+            return -ENXIO
+        cpu.waits_for = (f"waits for the hotplug thread of CPU {target}", f"cpu{target}")
+        await cpu.schedule(2)
+    cpu.waits_for = ("", "")
     result = await cpu.load(percpu.cpuhp_result)
-    await cpus_write_unlock(cpu)
     return result - (1 << 64) if result >> 63 else result

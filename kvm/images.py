@@ -10,7 +10,8 @@ from seamldr.image import ImageError, ModuleImage, build_v1, build_v2, parse
 from seamldr.module_maker import make_module
 from seamldr.sigstruct import SigStruct, new_key, signer_hash
 
-BOOT_VERSION = (1, 5, 8)
+BOOT = {"1.5": ((1, 5, 8), (1, 4)), "2.0": ((2, 0, 4), (3, 4))}
+"""By series, version and SEAMSVN of the module that the machine starts with."""
 MODULE_PAGES = 16
 HIGHEST_SVN = 204
 IMAGES_TO_UPLOAD = 3
@@ -24,12 +25,17 @@ class ModuleFileError(ValueError):
 class Images:
     """Images under `directory`, signed by one new key. Each is one update version above the one before.
 
-    `given` is an image file that all planned updates use instead of new ones. Raises `ModuleFileError`.
+    `given` is an image file that all planned updates use instead of new ones. The machine starts with a module of the
+    series that its P-SEAMLDR (`loader`) is made for: 2.0 under P20, unless an image of another series is given. Raises
+    `ModuleFileError`.
     """
 
     def __init__(
-        self, directory: Path, *, planned: int, profile: Literal["A", "B"], fms: int, given: str | None, upload: bool
-    ) -> None:
+        self, directory: Path, *, planned: int, profile: Literal["A", "B"], loader: str, fms: int, given: str | None,
+        upload: bool,
+    ) -> None:  # fmt: skip
+        image = None if given is None else read_module(given)[0]
+        self._series = "2.0" if loader == "P20" and (image is None or _svn_major(image) > 1) else "1.5"
         self._directory = directory
         self._profile = profile
         self._fms = fms
@@ -39,9 +45,8 @@ class Images:
         first = self._make(0)
         self.boot = self._keep(first, "boot.bin")
         self.signers: tuple[str, ...] = (signer_hash(SigStruct.decode(first.sigstruct)),)
-        if given is not None:
-            image = self._keep(read_module(given)[0], "given.bin")
-            self.planned: tuple[str, ...] = (image,) * planned
+        if image is not None and given is not None:
+            self.planned: tuple[str, ...] = (self._keep(image, "given.bin"),) * planned
             self.signers += _maker(given)
             return
         made = [str(self.next()) for _ in range(max(planned, IMAGES_TO_UPLOAD) if upload else planned)]
@@ -57,15 +62,19 @@ class Images:
         return Path(self._keep(self._make(self._made), f"update-{self._made}.bin"))
 
     def _make(self, number: int) -> ModuleImage:
-        major, minor, update = BOOT_VERSION
+        (major, minor, update), (svn_major, svn_minor) = BOOT[self._series]
         identity = make_identity(f"{major}.{minor}.{update + number:02}", self._profile)
-        svn = (1, min(4 + number, HIGHEST_SVN))
+        svn = (svn_major, min(svn_minor + number, HIGHEST_SVN))
         return make_module(identity, key=self._key, svn=svn, pages=MODULE_PAGES, cpuid_table=(self._fms,))
 
     def _keep(self, image: ModuleImage, name: str) -> str:
         path = self._directory / name
         path.write_bytes(build_v2(image))
         return str(path)
+
+
+def _svn_major(image: ModuleImage) -> int:
+    return SigStruct.decode(image.sigstruct).svn_major if image.sigstruct else 0
 
 
 def _maker(path: str) -> tuple[str, ...]:

@@ -182,9 +182,13 @@ class LeasedFile:
 
 
 class BufferFile:
-    """A file that gathers what is written to it, at any offset, by whoever: one inode for good."""
+    """A file that gathers what is written to it, at any offset, by whoever: one inode for good.
 
-    def __init__(self, tree: LeasedTree, path: Path, mode: int) -> None:
+    `written` is called some time after writes to it, or after it was emptied.
+    """
+
+    def __init__(self, tree: LeasedTree, path: Path, mode: int, written: Callable[[], None]) -> None:
+        self.written = written
         self.leased = tree.new_sheet(path, mode, self)
         self._is_leased = True
 
@@ -197,6 +201,8 @@ class BufferFile:
 
     def event(self, sheet: Sheet, mask: int) -> None:
         """Closed by all: the next open has to wait again."""
+        if mask & IN_MODIFY:
+            self.written()
         if mask & CLOSED:
             self._lease_again()
 
@@ -241,11 +247,17 @@ class LeasedTree:
         self.files.append(file)
         return file
 
-    def buffer(self, path: str, mode: int) -> BufferFile:
+    def buffer(self, path: str, mode: int, written: Callable[[], None]) -> BufferFile:
         """Add a gathering file at `path` under the root."""
-        file = BufferFile(self, self._place(path), mode)
+        file = BufferFile(self, self._place(path), mode, written)
         self.files.append(file)
         return file
+
+    def names(self) -> list[str]:
+        """Paths of the files that can be opened now, under the root; links are not followed."""
+        tops = [self.root / top for top in TOPS]
+        found = [path for top in tops for path in top.rglob("*") if path.is_file() and not path.is_symlink()]
+        return sorted(str(path.relative_to(self.root)) for path in found)
 
     def _place(self, path: str) -> Path:
         place = self.root / path

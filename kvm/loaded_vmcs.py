@@ -12,7 +12,9 @@ from cpu.layout import LoadedVmcs
 from cpu.lists import ListWalk, list_add, list_del
 from cpu.smp import smp_call_function_single
 from cpu.struct import NONE, container_of
-from cpu.vmx import Field, Outcome
+from cpu.vmx import Field, Outcome, Status
+from kvm.lost import is_lost, lost_cpu
+from kvm.virt import kvm_spurious_fault
 
 # Instructions, with KVM's error reports (vmx_ops.h)
 
@@ -20,22 +22,37 @@ from cpu.vmx import Field, Outcome
 async def vmcs_read(cpu: Cpu, field: Field) -> int:
     """vmcs_readl: 0 if it fails, and execution goes on."""
     outcome = await cpu.vmread(field)
-    if not outcome.ok:
+    if outcome.ok:
+        return outcome.value
+    if not await _faulted(cpu, outcome):
         cpu.warn_on_once(True, f"vmread failed: field={field:x}")
-        return 0
-    return outcome.value
+    return 0
 
 
 async def vmcs_write(cpu: Cpu, field: Field, value: int) -> None:
     """vmcs_writel: the value is lost if it fails, and execution goes on."""
     outcome = await cpu.vmwrite(field, value)
-    if not outcome.ok:
+    if not outcome.ok and not await _faulted(cpu, outcome):
         error = await vmcs_read(cpu, Field.VM_INSTRUCTION_ERROR)
         cpu.warn_on_once(True, f"vmwrite failed: field={field:x} val={value:x} err={error}")
 
 
+async def write_if_changed(cpu: Cpu, cache: int, field: Field, value: int) -> None:
+    """A write-through cache of a field: VMWRITE is skipped when KVM believes that nothing changed."""
+    if await cpu.load(cache) != value:
+        await vmcs_write(cpu, field, value)
+        await cpu.store(cache, value)
+
+
+async def _faulted(cpu: Cpu, outcome: Outcome) -> bool:
+    """An exception instead of VMfail, as after VMXOFF, goes another way: no report, but a BUG at most times."""
+    if outcome.status is Status.EXCEPTION:
+        await kvm_spurious_fault(cpu)
+    return outcome.status is Status.EXCEPTION
+
+
 async def _report(cpu: Cpu, name: str, vmcs: int, outcome: Outcome) -> None:
-    if not outcome.ok:
+    if not outcome.ok and not await _faulted(cpu, outcome):
         error = await vmcs_read(cpu, Field.VM_INSTRUCTION_ERROR)
         cpu.warn_on_once(True, f"{name} failed: {vmcs:x} err={error}")
 
@@ -75,12 +92,16 @@ async def __loaded_vmcs_clear(cpu: Cpu, address: int) -> None:
 clear_on_this_cpu = __loaded_vmcs_clear
 
 
-async def loaded_vmcs_clear(cpu: Cpu, v: LoadedVmcs) -> None:
-    """Clear a VMCS on whichever CPU it is active, by a waiting IPI. IRQs on."""
+async def loaded_vmcs_clear(cpu: Cpu, v: LoadedVmcs) -> bool:
+    """Clear a VMCS on whichever CPU it is active, by a waiting IPI. IRQs on. False if it is lost with a dead CPU."""
     owner = await cpu.load(v.cpu)
-    if owner != NONE:
-        # -ENXIO is fine: a CPU that went offline has swept its list before.
-        await smp_call_function_single(cpu, owner, "__loaded_vmcs_clear", v.address)
+    if owner == NONE:
+        return True
+    if lost_cpu(owner) is not None:
+        return False
+    # -ENXIO is fine: a CPU that went offline has swept its list before.
+    ret = await smp_call_function_single(cpu, owner, "__loaded_vmcs_clear", v.address)
+    return not await is_lost(cpu, v.cpu, owner, ret)
 
 
 async def vmclear_local_loaded_vmcss(cpu: Cpu) -> None:
@@ -101,26 +122,36 @@ async def loaded_vmcs_clear_current(cpu: Cpu) -> None:
 # Loading
 
 
-async def vmx_vcpu_load_vmcs(cpu: Cpu, vcpu: int, v: LoadedVmcs, via: str) -> None:
-    """Make `v` current on this CPU. Preemption off, IRQs on. `vcpu` and `via` are for the record."""
+async def vmx_vcpu_load_vmcs(cpu: Cpu, vcpu: int, v: LoadedVmcs, via: str, buddy: LoadedVmcs | None = None) -> bool:
+    """Make `v` current on this CPU. Preemption off, IRQs on. `vcpu` and `via` are for the record.
+
+    False, and nothing is loaded, if it is lost with a CPU that has died while `v` was active there.
+    Kernels before May 2025 named the vCPU's other VMCS at a nested switch (`buddy`), and warned if it was not current.
+    """
     vmcs = await cpu.load(v.vmcs)
     already = await cpu.load(v.cpu) == cpu.number
     if not already:
-        await loaded_vmcs_clear(cpu, v)
+        if not await loaded_vmcs_clear(cpu, v):
+            cpu.emit("vcpu_lost", vcpu=vcpu, vmcs=vmcs, cpu=lost_cpu(await cpu.load(v.cpu)))
+            return False
         await cpu.local_irq_disable()
         cpu.emit("list_add", vmcs=vmcs)
         await list_add(cpu, v.link, cpu.percpu.loaded_vmcss_on_cpu)
         await cpu.local_irq_enable()
-    skipped = await cpu.this_cpu_read(current_vmcs) == vmcs
+    previous = await cpu.this_cpu_read(current_vmcs)
+    skipped = previous == vmcs
     if not skipped:
         await cpu.this_cpu_write(current_vmcs, vmcs)
         await vmcs_load(cpu, vmcs)
+        if buddy is not None:
+            cpu.warn_on_once(await cpu.load(buddy.vmcs) != previous, "buddy->vmcs != prev")
     if not already:
         await vmcs_write(cpu, Field.HOST_TR_BASE, host_tr_base(cpu))
         await vmcs_write(cpu, Field.HOST_GDTR_BASE, host_gdtr_base(cpu))
         await vmcs_write(cpu, Field.HOST_IA32_SYSENTER_ESP, host_tr_base(cpu) + 0x200)
         await cpu.store_recorded(v.cpu, cpu.number, "cpu_store", vmcs=vmcs)
     cpu.emit("vcpu_load", vcpu=vcpu, vmcs=vmcs, via=via, skipped=int(skipped), migrated=int(not already))
+    return True
 
 
 def host_tr_base(cpu: Cpu) -> int:
@@ -145,7 +176,7 @@ async def alloc_loaded_vmcs(cpu: Cpu, v: LoadedVmcs, page: int) -> None:
     for word, value in ((v.vmcs, page), (v.shadow_vmcs, 0), (v.host_rsp, 0), (v.host_cr3, 0)):
         await cpu.store(word, value)
     await cpu.store(v.exec_control, 0)
-    await cpu.store(v.entry_control, 0)
+    await cpu.store(v.secondary_exec_control, 0)
     await cpu.store_recorded(v.cpu, NONE, "cpu_store", vmcs=page)
     await cpu.store_recorded(v.launched, 0, "launched_store", vmcs=page)
 
@@ -155,3 +186,4 @@ async def free_loaded_vmcs(cpu: Cpu, v: LoadedVmcs) -> None:
     if await cpu.load(v.vmcs):
         await loaded_vmcs_clear(cpu, v)
         await cpu.store(v.vmcs, 0)
+        cpu.warn_on_once(bool(await cpu.load(v.shadow_vmcs)), "a VMCS is freed with its shadow VMCS")

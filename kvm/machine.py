@@ -25,7 +25,7 @@ import trio
 from bus.judge import Judgement, judge
 from bus.link import Delivery
 from bus.memory import PhysicalMemory
-from bus.messages import Done, FaultReached, Fenced, Finished, Hello, Progress, Start, Stopped, Waits
+from bus.messages import Done, FaultReached, Fenced, Finish, Finished, Hello, Progress, Start, Stopped, Waits
 from bus.node import join
 from bus.spec import KVM, LAUNCHER, SEAMLDR
 from cpu.layout import memory_size
@@ -36,6 +36,9 @@ from kvm.processes import Parent, Process, enough_files
 from kvm.topology import Topology, machine_images, machine_spec
 
 STUCK_LOOK_S = 0.25
+FINISH_S = 2.0
+"""How long user space may take to come to its end when asked, plus `FINISH_PER_CPU_S` for each CPU."""
+FINISH_PER_CPU_S = 0.05
 
 __all__ = ["Machine", "MachineError"]
 
@@ -65,9 +68,14 @@ class Machine(Operator):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
         """End every process, in order if the workload came to its end, and leave nothing behind."""
-        if not self._ended:
-            self._end("the workload was not run" if error is None else f"ended by {type(error).__name__}")
         return await self._life.__aexit__(kind, error, trace)
+
+    async def end(self) -> None:
+        """Take every process down before the block ends, so that `check` can judge all of it."""
+        if not self._ended:
+            self._end("the workload was not run")
+        self._proceed_all()
+        await self._stop_all()
 
     @asynccontextmanager
     async def _live(self) -> AsyncIterator[None]:
@@ -99,6 +107,7 @@ class Machine(Operator):
         self._nursery.start_soon(self._hear_parent)
         stack.push_async_callback(self._stop_all)
         stack.callback(self._proceed_all)
+        stack.push(self._end_early)
         self.processes = {node: Process(node, 1) for node in self.spec.nodes()}
         try:
             await self._parent.begin(self.spec)
@@ -185,6 +194,23 @@ class Machine(Operator):
             await self._ask_all()
         self._end(self._broken or "")
         return self._broken is None
+
+    async def finish(self) -> None:
+        """Have user space come to its end now; if it does not within `FINISH_S`, the machine counts as stuck."""
+        self.node.endpoint.send(KVM, Finish())
+        patience = FINISH_S + FINISH_PER_CPU_S * self.spec.cpus
+        with trio.move_on_after(patience):
+            await self.finished.wait()
+            return
+        self._break(f"user space has not come to its end within {patience:g} s of an interrupt")
+
+    def _end_early(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """The block ends, or the start failed, before the workload has ended: the records say why."""
+        if not self._ended:
+            why = "the workload was not run" if error is None else f"ended by {type(error).__name__}"
+            self._end(str(error) if isinstance(error, MachineError) else why)
 
     def _end(self, why: str) -> None:
         self._ended = True

@@ -14,7 +14,7 @@ import msgspec
 from bus.judge import Violation
 from kvm.compose import KnobError, parse_knobs
 from kvm.scenes import SCENES
-from seamldr.api import NO_VMCS, Cpu, TdxModuleArgs, seamcall_prerr, vmptrld, vmptrst
+from seamldr.mutants import merged_without_check, save_restore_irqs_on
 from seamldr.strategies import STRATEGIES, Strategy
 
 SCHEDULES = 12
@@ -23,32 +23,23 @@ LOOK_FURTHER = 3
 """Schedules that break a cell, of which the shortest story is told."""
 
 
-async def save_restore_irqs_on(cpu: Cpu, fn: int, args: TdxModuleArgs) -> int:
-    """The first save and restore without its interrupts off, which also held the scheduler off: a mistake."""
-    saved = await vmptrst(cpu)
-    ret = await seamcall_prerr(cpu, fn, args)
-    if saved is not None and saved != NO_VMCS:
-        await vmptrld(cpu, saved)
-    return ret
-
-
 class Row(msgspec.Struct, frozen=True):
-    """A row: a strategy by name or function, the knobs that it is tried with, and the short name in the discussion."""
+    """A row: a strategy by name or function, and whether the CPU is one without the erratum."""
 
     strategy: str | Strategy
-    known_as: str = ""
     fixed_cpu: bool = False
 
 
 ROWS: dict[str, Row] = {
-    "none": Row("none", "P0, P7"),
-    "save-restore-v3": Row("save-restore-v3", "P1 to P3"),
-    "save-restore, IRQs on": Row(save_restore_irqs_on, "P1 to P3, mutated"),
-    "sweep-naive": Row("sweep-naive", "P4"),
-    "vmclear-local": Row("vmclear-local", "P5"),
-    "clear-current-vmcs": Row("clear-current-vmcs", "P6"),
-    "save-restore": Row("save-restore", "P8"),
-    "refuse-on-erratum, fixed": Row("refuse-on-erratum", "P10 on P11", fixed_cpu=True),
+    "none": Row("none"),
+    "refuse-on-erratum, no check": Row(merged_without_check),
+    "save-restore-v3": Row("save-restore-v3"),
+    "save-restore, IRQs on": Row(save_restore_irqs_on),
+    "sweep-naive": Row("sweep-naive"),
+    "vmclear-local": Row("vmclear-local"),
+    "clear-current-vmcs": Row("clear-current-vmcs"),
+    "save-restore": Row("save-restore"),
+    "refuse-on-erratum, fixed": Row("refuse-on-erratum", fixed_cpu=True),
 }
 """The rows that the discussion has a verdict for."""
 
@@ -62,6 +53,7 @@ OK, BROKEN, REFUSED = "ok", "broken", "refused"
 
 _BREAKS = {
     "none": ("irq", "nmi", "launch-clear"),
+    "refuse-on-erratum, no check": ("irq", "nmi", "launch-clear"),
     "save-restore-v3": ("nmi", "launch-clear", "concurrent"),
     "save-restore, IRQs on": ("irq", "clear-ipi", "nmi", "launch-clear"),
     "sweep-naive": ("irq", "nmi", "launch-clear", "concurrent"),

@@ -19,6 +19,7 @@ from kvm.loaded_vmcs import (
     vmcs_read,
     vmcs_write,
     vmx_vcpu_load_vmcs,
+    write_if_changed,
 )
 from kvm.vcpu import Vcpu
 from kvm.vmcs_setup import initial_fields
@@ -59,14 +60,18 @@ class Vmcs12(msgspec.Struct):
 
 
 class NestedVcpu(VmxVcpu):
-    """A vCPU whose guest is a hypervisor."""
+    """A vCPU whose guest is a hypervisor. `names_buddy`: the kernel is one from before May 2025, which at a switch
+    tells `vmx_vcpu_load_vmcs` of the VMCS that it comes from.
+    """
 
     state: NestedState
 
-    def __init__(self, number: int, address: int) -> None:
+    def __init__(self, number: int, address: int, *, names_buddy: bool = False) -> None:
         super().__init__(number, NestedState(address))
+        self.names_buddy = names_buddy
         self.vmcs12 = Vmcs12()
         self.shadow_page = 0
+        self.need_vmcs12_to_shadow_sync = False
 
     @property
     def guest_mode(self) -> bool:
@@ -93,21 +98,33 @@ class NestedVcpu(VmxVcpu):
 
     async def free_nested(self, cpu: Cpu) -> None:
         """L1 is done with VMX: back to vmcs01, no shadow, no vmcs02. The vCPU is loaded."""
+        if not self.shadow_page:
+            return
         if self.guest_mode:
             await self.vmx_switch_vmcs(cpu, LoadedVmcs(self.state.vmcs01))
         await self._set_shadowing(cpu, NONE)
         await vmcs_clear(cpu, self.shadow_page)
         await cpu.store(LoadedVmcs(self.state.vmcs01).shadow_vmcs, 0)
+        self.shadow_page = 0
         await free_loaded_vmcs(cpu, LoadedVmcs(self.state.vmcs02))
+
+    async def destroy(self, cpu: Cpu) -> None:
+        """vmx_vcpu_free: the nested state goes first, with the vCPU loaded."""
+        await self.vcpu_load(cpu)
+        await self.free_nested(cpu)
+        await self.vcpu_put(cpu)
+        await super().destroy(cpu)
 
     async def _set_shadowing(self, cpu: Cpu, link: int) -> None:
         """Turn the control "VMCS shadowing" of vmcs01 on, with the shadow at `link`, or off with NONE."""
-        primary = await vmcs_read(cpu, Field.PRIMARY_PROC_CONTROLS)
-        on = link != NONE
-        await vmcs_write(cpu, Field.VMCS_LINK_POINTER, link)
-        await vmcs_write(cpu, Field.SECONDARY_PROC_CONTROLS, SECONDARY_VMCS_SHADOWING if on else 0)
+        v = self.state.loaded_vmcs
+        primary, on = await cpu.load(v.exec_control), link != NONE
         changed = primary | PRIMARY_SECONDARY_CONTROLS if on else primary & ~PRIMARY_SECONDARY_CONTROLS
-        await vmcs_write(cpu, Field.PRIMARY_PROC_CONTROLS, changed)
+        secondary = SECONDARY_VMCS_SHADOWING if on else 0
+        await write_if_changed(cpu, v.secondary_exec_control, Field.SECONDARY_PROC_CONTROLS, secondary)
+        await write_if_changed(cpu, v.exec_control, Field.PRIMARY_PROC_CONTROLS, changed)
+        await vmcs_write(cpu, Field.VMCS_LINK_POINTER, link)
+        self.need_vmcs12_to_shadow_sync = False
 
     # Switching
 
@@ -120,9 +137,10 @@ class NestedVcpu(VmxVcpu):
         await cpu.preempt_enable()
 
     async def _select(self, cpu: Cpu, v: LoadedVmcs) -> None:
+        buddy = self.state.loaded_vmcs if self.names_buddy else None
         self.state.selected = v.address
         self.entries = 0
-        await vmx_vcpu_load_vmcs(cpu, self.number, v, "switch")
+        await vmx_vcpu_load_vmcs(cpu, self.number, v, "switch", buddy)
 
     async def copy_vmcs02_to_vmcs12_rare(self, cpu: Cpu) -> None:
         """Fetch the fields of vmcs02 that L1 seldom asks for: there and back under one preemption-off section."""
@@ -141,6 +159,12 @@ class NestedVcpu(VmxVcpu):
             for field in SHADOWED_FIELDS:
                 self.vmcs12.fields[field] = await vmcs_read(cpu, field)
             await self._end_shadow(cpu, shadow)
+
+    async def prepare_switch_to_guest(self, cpu: Cpu) -> None:
+        """What L2 has left in vmcs12 goes into the shadow before L1 runs again."""
+        if self.need_vmcs12_to_shadow_sync:
+            await self.copy_vmcs12_to_shadow(cpu)
+            self.need_vmcs12_to_shadow_sync = False
 
     async def copy_vmcs12_to_shadow(self, cpu: Cpu) -> None:
         """Before entering L1: what it is to find in the shadow."""
@@ -170,18 +194,33 @@ class NestedVcpu(VmxVcpu):
 
         A VM-instruction error of the hardware entry never reaches user space: L1 is told error 7.
         """
+        await self.copy_shadow_to_vmcs12(cpu)
         await self.vmx_switch_vmcs(cpu, LoadedVmcs(self.state.vmcs02))
+        entered = await self._enter_l2(cpu)
+        await self._nested_vmx_vmexit(cpu, entered)
+        return entered
+
+    async def _enter_l2(self, cpu: Cpu) -> bool:
         v = self.state.loaded_vmcs
         await cpu.preempt_disable()
         await cpu.local_irq_disable()
-        await vmcs_write(cpu, Field.GUEST_RIP, self.vmcs12.fields.get(Field.GUEST_RIP, 0x1000))
+        for field in (Field.GUEST_RIP, Field.GUEST_RSP):
+            await vmcs_write(cpu, field, self.vmcs12.fields.get(field, 0))
         launched, want = bool(await cpu.load(v.launched)), await cpu.load(v.vmcs)
         outcome, _ = await cpu.vmentry(self.number, want, launched=launched, first=True)
         if outcome.ok and not launched:
             await cpu.store_recorded(v.launched, 1, "launched_store", vmcs=want)
         await cpu.local_irq_enable()
         await cpu.preempt_enable()
-        await self.vmx_switch_vmcs(cpu, LoadedVmcs(self.state.vmcs01))
-        self.vmcs12.vmfail = 0 if outcome.ok else VMXERR_ENTRY_INVALID_CONTROL_FIELD
-        self.vmcs12.launched |= outcome.ok
         return outcome.ok
+
+    async def _nested_vmx_vmexit(self, cpu: Cpu, entered: bool) -> None:
+        """nested_vmx_vmexit: sync_vmcs02_to_vmcs12, back to vmcs01; after a VMfail nothing has changed for L1's guest.
+        """
+        if entered:
+            for field in SHADOWED_FIELDS:
+                self.vmcs12.fields[field] = await vmcs_read(cpu, field)
+        await self.vmx_switch_vmcs(cpu, LoadedVmcs(self.state.vmcs01))
+        self.vmcs12.vmfail = 0 if entered else VMXERR_ENTRY_INVALID_CONTROL_FIELD
+        self.vmcs12.launched |= entered
+        self.need_vmcs12_to_shadow_sync = True

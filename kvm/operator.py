@@ -18,7 +18,8 @@ from bus.points import POINTS
 from bus.records import last_clock
 from bus.spec import KVM, SEAMLDR, cpu_number
 from cpu.layout import KERNEL, per_cpu
-from kvm.fleet import Fleet, MachineError
+from kvm.fleet import MachineError
+from kvm.link_faults import FaultyLinks
 from kvm.processes import Process
 
 SLICE_S = 0.02
@@ -41,7 +42,7 @@ class Standstill:
         self.reached = trio.Event()
 
 
-class Operator(Fleet):
+class Operator(FaultyLinks):
     """Base of `Machine`: commands to a machine that runs. A target is a CPU number or the name of a process."""
 
     def __init__(self) -> None:
@@ -56,6 +57,13 @@ class Operator(Fleet):
         if node not in self.processes:
             raise ValueError(f"the machine has no process {node!r}")
         return self.processes[node]
+
+    def number_of(self, target: Target) -> int:
+        """The CPU number of a target; raises `ValueError` if it is no CPU."""
+        number = cpu_number(self.process(target).node)
+        if number is None:
+            raise ValueError(f"{target} is no CPU")
+        return number
 
     def _record(self, kind: str, process: Process, what: str = "") -> None:
         self.node.emit("fault", kind=kind, name=process.node, incarnation=process.incarnation, what=what)
@@ -124,7 +132,7 @@ class Operator(Fleet):
         process = self.process(target)
         self._record("stop", process)
         process.signal(signal.SIGSTOP)
-        while not process.gone.is_set() and not process.is_stopped():
+        while not process.gone.is_set() and not process.is_stopped():  # nothing tells of a stop  # noqa: ASYNC110
             await trio.sleep(STOPPED_LOOK_S)
 
     async def resume(self, target: Target) -> None:
@@ -222,8 +230,10 @@ class Operator(Fleet):
 
         Returns 0 or a negative errno. Returns only when the update has ended: see `abort_update`.
         """
-        path = self.next_image() if image is None else Path(image).resolve()
-        return (await self.do("update", cpu, str(path))).errno
+        return (await self.do("update", cpu, self._image_path(image))).errno
+
+    def _image_path(self, image: Path | str | None) -> str:
+        return str(self.next_image() if image is None else Path(image).absolute())
 
     def next_image(self) -> Path:
         """A new image file, one version up from the last."""
@@ -257,7 +267,19 @@ class Operator(Fleet):
             await self._moved.wait()
         return self._done.pop(request)
 
-    def abort_update(self) -> None:
-        """Give up an update that waits for a dead CPU. Not Linux, which would wait for ever."""
+    def abort_update(self) -> bool:
+        """Give up an update that waits for a dead CPU, and take from the dead what they had locked.
+
+        Not Linux, which would wait for ever. False if nothing is in progress that could be given up.
+        """
+        held = (KERNEL.stop_mutex, KERNEL.upload_mutex, KERNEL.tdx_lock, KERNEL.hotplug_writer)
+        if not any(self.memory.load(word)[0] for word in held):
+            return False
         self.node.emit("fault", kind="abort", name="", incarnation=0, what="the update in progress is given up")
         self._store(KERNEL.update_abort, 1)
+        return True
+
+    def leaves_out(self, cpu: int) -> int:
+        """Who called the stop_machine in progress, if it waits in vain for a CPU that was replugged; else 0."""
+        stop = self.memory.load(KERNEL.stop_mutex)[0]
+        return 0 if self.memory.load(per_cpu(cpu).stopper_work)[0] else stop

@@ -35,6 +35,7 @@ RESIDENCE = 0.7
 class Act(msgspec.Struct, frozen=True):
     """What came of one machine: its judgement, and how many P-SEAMLDR calls were entered."""
 
+    machine: Stepped
     judgement: Judgement
     calls: int
     came_to_rest: bool
@@ -125,7 +126,7 @@ class Stage:
             thread.stopping = True
         rests = self.steps(REST)
         calls = sum(bool(r["leaf"] >> 63 and r["entered"]) for r in self.stepped.events("seamcall_return"))
-        return Act(self.stepped.judge(finished=rests), calls, rests)
+        return Act(self.stepped, self.stepped.judge(finished=rests), calls, rests)
 
 
 def task(strategy: str | Strategy, seed: int, **knobs: Any) -> Act:

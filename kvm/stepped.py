@@ -17,16 +17,25 @@ from bus.judge import Judgement, judge_records
 from bus.memory import PhysicalMemory
 from bus.records import Record
 from cpu.cpu import Cpu
-from cpu.layout import BUFFERS, TDX_STATE, memory_size, task_vmcs
+from cpu.layout import BUFFERS, TDX_STATE, memory_size, per_cpu, task_vmcs
 from cpu.loop import Priority, Thread
 from cpu.stepped import SteppedMachine
 from cpu.stop_machine import cpu_stopper_thread
 from kvm.compose import Knobs, kernel, vmx_config
 from kvm.hardware import cpu_up
 from kvm.hotplug import cpuhp_thread
+from kvm.run_queue import (
+    dequeue_task,
+    enqueue_task,
+    is_active,
+    on_its_way_to,
+    place_word,
+    select_fallback_rq,
+)
 from kvm.vcpu import vcpu_of
-from kvm.vmx import VmxVcpu
+from kvm.vmx import VmxVcpu, vcpu_thread
 from seamldr.arbiter import SteppedArbiter
+from seamldr.firmware import tell_sysinfo
 from seamldr.identity import make_identity
 from seamldr.image import ModuleImage
 from seamldr.module_maker import make_module
@@ -34,6 +43,9 @@ from seamldr.seam import SeamSide, platform_of
 from seamldr.sigstruct import SigStruct, new_key, signer_hash
 from seamldr.strategies import Strategy
 from seamldr.update import version_word
+
+TASKS_AT_MOST = 16
+UP = "up"
 
 Body = Callable[[Cpu], Coroutine[Any, Any, Any]]
 
@@ -50,11 +62,17 @@ def module(version: str, profile: Literal["A", "B"] = "A") -> ModuleImage:
     return make_module(make_identity(version, profile), key=signing_key())
 
 
+def _killed(number: int) -> dict[str, Any]:
+    return {"name": f"cpu{number}", "status": -9, "wanted": 0}
+
+
 class Stepped:
     """Machine, arbiter and SEAM side, with every CPU up and its stopper asleep."""
 
     def __init__(self, strategy: str | Strategy, *, cpus: int = 1, tds: int = 0, **knobs: Any) -> None:
         settings = Knobs(**knobs)
+        self._exits: list[Record] = []
+        self._tasks: set[Thread] = set()
         knob_values = msgspec.structs.asdict(settings)
         self.described = {"strategy": str(strategy), "knobs": knob_values, "cpus": cpus, "tds": tds}
         memory = PhysicalMemory.private(memory_size(cpus))
@@ -70,13 +88,11 @@ class Stepped:
         self.arbiter = SteppedArbiter(self.machine, self.seam)
         memory.store(TDX_STATE.initialized, 1, 0)
         memory.store(TDX_STATE.version, version_word(1, 5, 8), 0)
-        memory.store(TDX_STATE.nr_keyids, tds, 0)
+        assert self.seam.module is not None
+        tell_sysinfo(memory, self.seam.module, tds)
+        self.machine.on_ended = self._thread_ended
         for number in range(cpus):
-            self.run(cpu_up, number)
-            cpu = self.machine.cpus[number]
-            self.machine.start(number, Thread(f"migration/{number}", Priority.STOPPER, cpu_stopper_thread(cpu)))
-            self.machine.start(number, Thread(f"cpuhp/{number}", Priority.KERNEL, cpuhp_thread(cpu)))
-        self.machine.run()
+            self.run(cpu_up, number, UP)
         self.machine.records.clear()
 
     @property
@@ -87,6 +103,57 @@ class Stepped:
     def cpu(self, number: int = 0) -> Cpu:
         """One CPU."""
         return self.machine.cpus[number]
+
+    def _start_threads(self, number: int) -> None:
+        cpu = self.machine.cpus[number]
+        self.machine.start(number, Thread(f"migration/{number}", Priority.STOPPER, cpu_stopper_thread(cpu)))
+        self.machine.start(number, Thread(f"cpuhp/{number}", Priority.KERNEL, cpuhp_thread(cpu)))
+
+    def kill(self, number: int) -> None:
+        """The process of a CPU dies where it is: the launcher says so in memory, the lock service hears of it."""
+        self.machine.kill(number)
+        alive = min(set(range(len(self.machine.cpus))) - self.machine.dead)
+        self.arbiter.dead(number, alive)
+        self._exits.append(self._launcher(self.machine.cpus[alive].clock.now, "process_exit", **_killed(number)))
+
+    def replug(self, number: int) -> Thread:
+        """A new process for a dead CPU begins to come up; the launcher says so in memory when it has."""
+        self.machine.bear(number)
+        return self.start(functools.partial(cpu_up, vcpus=TASKS_AT_MOST), number, UP)
+
+    def run_task(self, task: int, number: int) -> Thread | None:
+        """Put a vCPU thread on a CPU's run queue; None if it is not on its way there."""
+        cpu = self.machine.cpus[number]
+        if not enqueue_task(cpu, task):
+            return None
+        body = vcpu_thread(cpu, VmxVcpu(task, vcpu_of(task)), task_vmcs(task))
+        thread = Thread(f"vcpu{task}", Priority.VCPU, body, task=task, slice_exits=3)
+        self._tasks.add(thread)
+        self.machine.start(number, thread)
+        return thread
+
+    def send_task(self, task: int, number: int) -> Thread | None:
+        """User space puts a new task on a CPU."""
+        self.memory.store(place_word(task), on_its_way_to(number), 0)
+        return self.run_task(task, number)
+
+    def _thread_ended(self, number: int, thread: Thread) -> None:
+        """As the shell of a live CPU: a CPU that came up gets its threads, a task that moves goes on elsewhere."""
+        cpu = self.machine.cpus[number]
+        if thread.name == UP:
+            self._start_threads(number)
+            self.memory.store(per_cpu(number).dead, 0, cpu.clock.now)
+        if thread not in self._tasks:
+            return
+        self._tasks.remove(thread)
+        to = thread.move_to if thread.result == "moved" else None
+        if to is not None and not is_active(cpu, to):
+            to = select_fallback_rq(cpu)
+        assert thread.task is not None
+        dequeue_task(cpu, thread.task, to)
+        if to is not None:
+            self.machine.cpus[to].clock.merge(cpu.clock.now)
+            self.run_task(thread.task, to)
 
     def start(self, body: Body, number: int = 0, name: str = "task") -> Thread:
         """Put kernel code on a CPU as a thread."""
@@ -127,11 +194,11 @@ class Stepped:
         end = self._launcher(last, "machine_end", finished=int(finished), why="")
         seen: Counter[str] = Counter()
         numbered = []
-        for record in self.machine.records:
+        for record in [*self.machine.records, *self._exits, end]:
             seen[record["node"]] += 1
-            numbered.append(record | {"seq": seen[record["node"]]})
-        return judge_records([begin, *numbered, end])
+            numbered.append(record | {"seq": seen[record["node"]] + (record["node"] == "launcher")})
+        return judge_records([begin, *numbered])
 
     def _launcher(self, clock: int, event: str, **fields: Any) -> Record:
-        head = {"ts": self.machine.steps, "clock": clock, "node": "launcher", "pid": 1, "seq": 1 + bool(clock)}
+        head = {"ts": self.machine.steps, "clock": clock, "node": "launcher", "pid": 1, "seq": 1}
         return head | {"event": event} | fields

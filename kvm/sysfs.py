@@ -10,26 +10,27 @@ is true after a write to `loading`. What a plain file cannot do is to fail a rea
 
 * what would fail to read is not there: `version` while TDX is not initialized (-ENXIO), `error` while an upload runs
   (-EBUSY). An open of these that comes just before waits for the end of the update, and then reads.
-* a P-SEAMLDR call that fails leaves its file empty.
-* a write that would fail is taken and has no effect; the kernel log says what it was.
+* a P-SEAMLDR call that fails leaves its file empty; `sysfs_read` has the errno.
+* a write that would fail is taken and has no effect; `sysfs_write` has the errno, and the kernel log says it too.
 * `data` needs no capability; opening it with O_TRUNC empties it.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import trio
 
-from kvm.leased import LeasedTree, leases_work, open_tree, remove_tree
+from kvm.leased import LeasedFile, LeasedTree, Show, leases_work, open_tree, remove_tree
 from seamldr.image import MAX_MODULE_PAGES, MAX_SIGSTRUCT_PAGES, PAGE, VERSION_1, ImageError, build_v2, parse
 from seamldr.structures import SeamldrInfo
-from seamldr.upload import PROFILES, NodeProfile, Stored, Upload
+from seamldr.upload import PROFILES, NodeProfile, Stored, Support, Upload
 
 DEVICE = "devices/faux/tdx_host"
 CLASS = "class/firmware"
@@ -37,6 +38,8 @@ LARGEST_IMAGE = (1 + MAX_SIGSTRUCT_PAGES + MAX_MODULE_PAGES) * PAGE
 """Bytes of an image that the kernel may accept; of a larger one, nothing but its size and header matters."""
 
 LARGEST_SIZE = 2**32 - 1
+LONGEST_VALUE = 32
+"""Characters of a write that its record shows."""
 
 
 class SysfsError(ValueError):
@@ -61,6 +64,9 @@ class Host(Protocol):
     def all_online(self) -> bool:
         """Whether every CPU is online."""
 
+    def emit(self, event: str, /, **fields: Any) -> int:
+        """Write a record."""
+
     def log(self, text: str) -> None:
         """A line of the kernel log."""
 
@@ -77,22 +83,29 @@ class UploadNode:
         self._tree = tree
         self._changed = changed
         self._idle = trio.Event()
-        self._idle.set()
-        base = f"{DEVICE}/firmware/{profile.node}"
-        self.data = tree.buffer(f"{base}/data", 0o644)
-        self._loading = tree.file(f"{base}/loading", 0o644, _sync(core.show_loading), self._store_loading)
-        tree.file(f"{base}/cancel", 0o200, _sync(lambda: ""), self._store_cancel)
-        self._status = tree.file(f"{base}/status", 0o444, _sync(core.show_status))
-        self._error = tree.file(f"{base}/error", 0o444, self._show_error)
-        self._remaining = tree.file(f"{base}/remaining_size", 0o444, _sync(core.show_remaining_size))
+        self._recorded: tuple[object, ...] = ()
+        self._base = f"{DEVICE}/firmware/{profile.node}"
+        self.data = tree.buffer(f"{self._base}/data", 0o644, self._data_written)
+        loading = self._readable("loading", _sync(core.show_loading))
+        self._loading = tree.file(f"{self._base}/loading", 0o644, loading, self._store_loading)
+        tree.file(f"{self._base}/cancel", 0o200, _sync(lambda: ""), self._store_cancel)
+        self._status = self._read_only("status", _sync(core.show_status))
+        self._error = self._read_only("error", self._show_error)
+        self._remaining = self._read_only("remaining_size", _sync(core.show_remaining_size))
 
     # Files
+
+    def _readable(self, name: str, show: Show) -> Show:
+        return readable(self.host, f"{self._base}/{name}", show)
+
+    def _read_only(self, name: str, show: Show) -> LeasedFile:
+        return self._tree.file(f"{self._base}/{name}", 0o444, self._readable(name, show))
 
     def _store_loading(self, text: str) -> None:
         if self.core.data_is_accessible:
             self.core.store_data(0, self.data.size)
         stored = self.core.store_loading(text)
-        self._note("loading", stored)
+        self._note("loading", text, stored)
         if stored.started:
             self._idle = trio.Event()
             image, length = self.data.read(LARGEST_IMAGE), min(self.data.size, LARGEST_SIZE)
@@ -102,9 +115,17 @@ class UploadNode:
         self._publish()
 
     def _store_cancel(self, text: str) -> None:
-        self._note("cancel", self.core.store_cancel(text))
+        self._note("cancel", text, self.core.store_cancel(text))
 
-    def _note(self, file: str, stored: Stored) -> None:
+    def _data_written(self) -> None:
+        """What is written while an upload has the data is lost."""
+        if not self.core.data_is_accessible and self.data.size:
+            self._note("data", "", self.core.store_data(0, self.data.size))
+            self.data.clear()
+
+    def _note(self, file: str, text: str, stored: Stored) -> None:
+        value = text[:LONGEST_VALUE]
+        self.host.emit("sysfs_write", path=f"{self._base}/{file}", value=value, errno=stored.errno)
         name = f"firmware {self.core.profile.node}"
         if stored.log:
             self.host.log(f"{name}: {stored.log}")
@@ -112,17 +133,32 @@ class UploadNode:
             self.host.log(f"{name}: a write to {file} returns -{errno.errorcode[-stored.errno]}")
 
     async def _show_error(self) -> str:
-        await self._idle.wait()
-        return self.core.show_error() or ""
+        while (error := self.core.show_error()) is None:
+            await self._idle.wait()
+        return error
 
     def _publish(self) -> None:
         """Bring files that somebody holds open up to date. `error` is there before `status` says that all is over."""
         error = self.core.show_error()
+        self._record(error)
         self._error.hide(error is None)
         self._error.push(error or "")
         self._loading.push(self.core.show_loading())
         self._remaining.push(self.core.show_remaining_size())
         self._status.push(self.core.show_status())
+
+    def _record(self, error: str | None) -> None:
+        core = self.core
+        shown = "EBUSY" if error is None else error.rstrip("\n")
+        load, stage, remaining = core.load.value, core.progress.value, core.remaining
+        data = int(core.data_is_accessible)
+        now = (load, stage, shown, remaining, data)
+        if now != self._recorded:
+            self._recorded = now
+            name = core.profile.node
+            self.host.emit(
+                "fw_upload", name=name, load=load, stage=stage, error=shown, remaining=remaining, data=data
+            )
 
     # The worker
 
@@ -130,6 +166,7 @@ class UploadNode:
         core = self.core
         core.prepare()
         self._publish()
+        await trio.lowlevel.checkpoint()
         if core.transfer():
             self._publish()
             if core.wrote(length, core.profile.upload_error(await self._write(image, length))):
@@ -177,23 +214,28 @@ def _reframed(image: bytes) -> bytes:
 class SysfsTree:
     """All files of the device."""
 
-    def __init__(self, tree: LeasedTree, host: Host, update_supported: bool) -> None:
+    def __init__(self, tree: LeasedTree, host: Host, support: Support) -> None:
         self.tree = tree
         self.host = host
-        self._version = tree.file(f"{DEVICE}/version", 0o444, self._show_version)
-        if update_supported:
+        self._version = self._attribute("version", 0o444, self._show_version)
+        if support.update_supported:
             for profile in PROFILES:
                 UploadNode(tree, profile, host, self.refresh)
             self._firmware_attributes()
             self._links()
         self.refresh()
+        sysinfo, erratum = int(support.sysinfo), int(support.erratum)
+        host.emit("sysfs_tree", sysinfo=sysinfo, features0=support.features0, erratum=erratum, files=tree.names())
+
+    def _attribute(self, name: str, mode: int, show: Show) -> LeasedFile:
+        return self.tree.file(f"{DEVICE}/{name}", mode, readable(self.host, f"{DEVICE}/{name}", show))
 
     def _firmware_attributes(self) -> None:
-        merged, v3 = PROFILES
-        for name, mode in (("seamldr_version", merged.reader_mode), ("seamldr/version", v3.reader_mode)):
-            self.tree.file(f"{DEVICE}/{name}", mode, self._show_seamldr_version)
-        for name, mode in (("", merged.reader_mode), ("seamldr/", v3.reader_mode)):
-            self.tree.file(f"{DEVICE}/{name}num_remaining_updates", mode, self._show_remaining_updates)
+        for profile in PROFILES:
+            version, remaining = profile.readers
+            mode = profile.reader_mode
+            self._attribute(version, mode, functools.partial(self._show_seamldr_version, profile))
+            self._attribute(remaining, mode, functools.partial(self._show_remaining_updates, profile))
 
     def _links(self) -> None:
         directory = self.tree.root / CLASS
@@ -211,15 +253,37 @@ class SysfsTree:
     async def _show_version(self) -> str:
         await self.host.settled()
         version = self.host.version()
-        return f"{version}\n" if version else ""
+        if version is None:
+            raise OSError(errno.ENXIO, "TDX is not initialized")
+        return f"{version}\n"
 
-    async def _show_seamldr_version(self) -> str:
-        _, info = await self.host.seamldr_info()
-        return f"{info.major}.{info.minor}.{info.update:02}\n" if info else ""
+    async def _show_seamldr_version(self, profile: NodeProfile) -> str:
+        info = await self._seamldr_info(profile)
+        return f"{info.major}.{info.minor}.{info.update:02}\n"
 
-    async def _show_remaining_updates(self) -> str:
-        _, info = await self.host.seamldr_info()
-        return f"{info.num_remaining_updates}\n" if info else ""
+    async def _show_remaining_updates(self, profile: NodeProfile) -> str:
+        return f"{(await self._seamldr_info(profile)).num_remaining_updates}\n"
+
+    async def _seamldr_info(self, profile: NodeProfile) -> SeamldrInfo:
+        failed, info = await self.host.seamldr_info()
+        if failed or info is None:
+            raise OSError(profile.reader_errno or -failed, "P-SEAMLDR gives no information")
+        return info
+
+
+def readable(host: Host, path: str, show: Show) -> Show:
+    """`show` with a record of each reading; one that raises `OSError` leaves nothing to read."""
+
+    async def shown() -> str:
+        text, failed = "", 0
+        try:
+            text = await show()
+        except OSError as error:
+            failed = -(error.errno or errno.EIO)
+        host.emit("sysfs_read", path=path, value=text.rstrip("\n"), errno=failed)
+        return text
+
+    return shown
 
 
 def _sync(show: Callable[[], str]) -> Callable[[], Awaitable[str]]:
@@ -230,10 +294,10 @@ def _sync(show: Callable[[], str]) -> Callable[[], Awaitable[str]]:
 
 
 @asynccontextmanager
-async def serve_sysfs(root: Path, host: Host, update_supported: bool) -> AsyncIterator[SysfsTree]:
+async def serve_sysfs(root: Path, host: Host, support: Support) -> AsyncIterator[SysfsTree]:
     """The tree under the empty directory `root` until the block ends; then `root` is empty again."""
     async with open_tree(root) as tree:
-        yield SysfsTree(tree, host, update_supported)
+        yield SysfsTree(tree, host, support)
 
 
 @contextmanager

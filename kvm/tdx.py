@@ -9,6 +9,8 @@ from cpu.cpu import Cpu
 from cpu.lists import list_add, list_del
 from cpu.smp import smp_call_function_single
 from cpu.struct import NONE
+from kvm.lost import is_lost, lost_cpu
+from kvm.run_queue import resume_user_mode
 from kvm.vcpu import TdVcpu
 from seamldr.seamcall import TdxModuleArgs, sc_retry, seamcall_ret
 from seamldr.tdx_leaves import TdhLeaf
@@ -27,6 +29,18 @@ def next_chain(words: list[int], counter: int) -> list[int]:
     return [int.from_bytes(digest[at : at + 8], "little") for at in range(0, 32, 8)]
 
 
+async def tdh(cpu: Cpu, leaf: TdhLeaf, **registers: int) -> int:
+    """A SEAMCALL of which only the status matters."""
+    status, _ = await seamcall_ret(cpu, leaf, TdxModuleArgs(**registers))
+    return status
+
+
+def pr_tdx_error(cpu: Cpu, td: int, leaf: TdhLeaf, status: int) -> None:
+    """A SEAMCALL for a TD has failed."""
+    cpu.pr_err(f"kvm_intel: SEAMCALL {leaf.name} failed: 0x{status:016x}")
+    cpu.emit("td_error", td=td, leaf=leaf.name.replace("_", "."), status=status)
+
+
 class VmxTdVcpu:
     """One TD vCPU while it is on a CPU: its preempt notifier, and what lives in the thread's own stack."""
 
@@ -35,13 +49,18 @@ class VmxTdVcpu:
         self.state = state
         self.entries = 0
         self.alive = True
+        self.lost_with: int | None = None
+        """The dead CPU with which it was associated."""
 
-    async def vcpu_load(self, cpu: Cpu) -> None:
-        """vcpu_load."""
+    async def vcpu_load(self, cpu: Cpu) -> bool:
+        """vcpu_load. False if the vCPU is lost with a dead CPU."""
         await cpu.preempt_disable()
         cpu.thread.notifier = self
-        await self._tdx_vcpu_load(cpu)
+        loaded = await self._tdx_vcpu_load(cpu)
+        if not loaded:
+            cpu.thread.notifier = None
         await cpu.preempt_enable()
+        return loaded
 
     async def vcpu_put(self, cpu: Cpu) -> None:
         """vcpu_put: a TD vCPU stays associated with its LP."""
@@ -57,23 +76,30 @@ class VmxTdVcpu:
         """kvm_sched_out: nothing to save."""
         await cpu.give_way()
 
-    async def _tdx_vcpu_load(self, cpu: Cpu) -> None:
-        """tdx_vcpu_load: flush on the CPU it was on, then join this CPU's list."""
+    async def _tdx_vcpu_load(self, cpu: Cpu) -> bool:
+        """tdx_vcpu_load: flush on the CPU it was on, then join this CPU's list.
+
+        On a dead CPU TDH.VP.FLUSH never runs, so the module lets no other have the vCPU: False.
+        """
         state = self.state
         self.entries = 0
         owner = await cpu.load(state.cpu)
         if owner == cpu.number:
-            return
-        if owner != NONE:
-            await smp_call_function_single(cpu, owner, "tdx_flush_vp", state.address)
+            return True
+        if owner != NONE and not await flush_on(cpu, state, owner):
+            self.lost_with = lost_cpu(await cpu.load(state.cpu))
+            cpu.emit("vcpu_lost", vcpu=self.number, vmcs=NONE, cpu=self.lost_with)
+            return False
         await cpu.local_irq_disable()
         await list_add(cpu, state.cpu_list, cpu.percpu.associated_tdvcpus)
         await cpu.store(state.cpu, cpu.number)
         await cpu.local_irq_enable()
+        return True
 
     async def run(self, cpu: Cpu) -> bool:
         """KVM_RUN for a few exits; False if the TD cannot go on."""
-        await self.vcpu_load(cpu)
+        if not await self.vcpu_load(cpu):
+            return False
         for _ in range(EXITS_PER_RUN):
             await cpu.preempt_disable()
             await cpu.local_irq_disable()
@@ -128,23 +154,38 @@ class VmxTdVcpu:
         cpu.emit("wrong_data", vcpu=self.number, vmcs=NONE, what=what, expected=expected, got=got)
 
 
+async def flush_on(cpu: Cpu, state: TdVcpu, owner: int) -> bool:
+    """TDH.VP.FLUSH on the CPU that has the vCPU, by a waiting IPI; False if it is lost with a dead CPU."""
+    if lost_cpu(owner) is not None:
+        return False
+    ret = await smp_call_function_single(cpu, owner, "tdx_flush_vp", state.address)
+    return not await is_lost(cpu, state.cpu, owner, ret)
+
+
 async def tdx_flush_vp(cpu: Cpu, address: int) -> None:
-    """IPI handler on the LP that holds the vCPU: TDH.VP.FLUSH, leave the list, publish cpu = -1. IRQs off."""
+    """IPI handler on the LP that holds the vCPU: TDH.VP.FLUSH if it was initialized, leave the list, publish cpu = -1.
+
+    IRQs off.
+    """
     state = TdVcpu(address)
     if await cpu.load(state.cpu) != cpu.number:
         return
-    status, _ = await seamcall_ret(cpu, TdhLeaf.TDH_VP_FLUSH, TdxModuleArgs(rcx=await cpu.load(state.tdvpr)))
-    cpu.emit("td_flush", vcpu=await cpu.load(state.number), status=status)
-    cpu.warn_on_once(status not in (0, TDX_VCPU_NOT_ASSOCIATED), f"TDH.VP.FLUSH failed: {status:#018x}")
+    tdvpr = await cpu.load(state.tdvpr)
+    if tdvpr:
+        status, _ = await seamcall_ret(cpu, TdhLeaf.TDH_VP_FLUSH, TdxModuleArgs(rcx=tdvpr))
+        cpu.emit("td_flush", vcpu=await cpu.load(state.number), status=status)
+        cpu.warn_on_once(status not in (0, TDX_VCPU_NOT_ASSOCIATED), f"TDH.VP.FLUSH failed: {status:#018x}")
     await list_del(cpu, state.cpu_list)
     await cpu.store(state.cpu, NONE)
 
 
 async def td_vcpu_thread(cpu: Cpu, vcpu: VmxTdVcpu) -> str:
-    """User space's loop around KVM_RUN; why it ended: "moved", "stopped" or "dead"."""
+    """User space's loop around KVM_RUN; why it ended: "moved", "stopped", "dead" or "lost with CPU n"."""
     alive = True
-    while alive and await cpu.resume_user_mode():
+    while alive and await resume_user_mode(cpu):
         alive = await vcpu.run(cpu)
+    if vcpu.lost_with is not None:
+        return f"lost with CPU {vcpu.lost_with}"
     if cpu.thread.stopping:
         return "stopped"
     return "moved" if alive else "dead"

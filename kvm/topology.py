@@ -99,6 +99,7 @@ def machine_images(topology: Topology, run_dir: Path) -> Images:
         run_dir / "modules",
         planned=topology.updates,
         profile="B" if topology.knobs.module_profile == "B" else "A",
+        loader=topology.knobs.seamldr_profile,
         fms=topology.knobs.fms,
         given=topology.module,
         upload=topology.sysfs is not None,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from cpu.layout import LoadedVmcs, Task, task_address
-from cpu.struct import Word
+import enum
+
+from cpu.layout import LoadedVmcs, Task, task_address, td_address
+from cpu.struct import KernelStruct, Word
 
 
 class Vcpu(Task):
@@ -21,7 +23,6 @@ class Vcpu(Task):
     rsp = Word()
     cookie = Word()
     regs_dirty = Word()
-    tlb_flush = Word()
     vmcs01 = Word(LoadedVmcs.SIZE // 32)
     vmcs02 = Word(LoadedVmcs.SIZE // 32)
 
@@ -43,6 +44,32 @@ class TdVcpu(Task):
     counter = Word()
     chain = Word(4)
     exits = Word()
+
+
+class TdState(enum.IntEnum):
+    """enum kvm_tdx_state."""
+
+    UNINITIALIZED = 0
+    INITIALIZED = 1
+    RUNNABLE = 2
+
+
+class KvmTdx(KernelStruct):
+    """`struct kvm_tdx`: a TD that KVM builds. `nr_pages` of its pages belong to the module, the TDR first; `hkid` is
+    its key id, 0 for none; `vcpu` the address of its vCPU, 0 for none. `result` is what a cross-call for it brought.
+    """
+
+    state = Word()
+    vm_bugged = Word()
+    hkid = Word()
+    nr_pages = Word()
+    vcpu = Word()
+    result = Word()
+
+
+def kvm_tdx_of(td: int) -> KvmTdx:
+    """The TD of a number."""
+    return KvmTdx(td_address(td))
 
 
 def vcpu_of(task: int) -> Vcpu:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
+from typing import Any
+
 from cpu.cpu import Cpu
 from cpu.smp import handle_irq, handle_nmi
 from cpu.vmx import Field, Outcome, Status
@@ -20,8 +23,12 @@ from kvm.loaded_vmcs import (
     vmcs_read,
     vmcs_write,
     vmx_vcpu_load_vmcs,
+    write_if_changed,
 )
+from kvm.lost import lost_cpu
+from kvm.run_queue import resume_user_mode
 from kvm.vcpu import Vcpu
+from kvm.virt import kvm_spurious_fault
 from kvm.vmcs_setup import initial_fields
 
 EXITS_PER_RUN = 4
@@ -43,16 +50,21 @@ class VmxVcpu:
         self.state = state
         self.entries = 0
         self.fail_reason: int | None = None
+        self.lost_with: int | None = None
+        """The dead CPU that had its VMCS."""
         self.handling_intr_from_guest = KVM_HANDLING_NONE
 
     # Load and put
 
-    async def vcpu_load(self, cpu: Cpu) -> None:
-        """vcpu_load: preempt_notifier_register and the arch load."""
+    async def vcpu_load(self, cpu: Cpu) -> bool:
+        """vcpu_load: preempt_notifier_register and the arch load. False if the vCPU is lost with a dead CPU."""
         await cpu.preempt_disable()
         cpu.thread.notifier = self
-        await self._vmx_vcpu_load(cpu, "load")
+        loaded = await self._vmx_vcpu_load(cpu, "load")
+        if not loaded:
+            cpu.thread.notifier = None
         await cpu.preempt_enable()
+        return loaded
 
     async def vcpu_put(self, cpu: Cpu) -> None:
         """vcpu_put: the arch put; the VMCS stays active and current here."""
@@ -72,9 +84,9 @@ class VmxVcpu:
         await vmcs_read(cpu, Field.GUEST_SS_ACCESS_RIGHTS)
         await self._vmx_vcpu_put(cpu, "sched_out")
 
-    async def _vmx_vcpu_load(self, cpu: Cpu, via: str) -> None:
+    async def _vmx_vcpu_load(self, cpu: Cpu, via: str) -> bool:
         self.entries = 0
-        await vmx_vcpu_load_vmcs(cpu, self.number, self.state.loaded_vmcs, via)
+        return await vmx_vcpu_load_vmcs(cpu, self.number, self.state.loaded_vmcs, via)
 
     async def _vmx_vcpu_put(self, cpu: Cpu, via: str) -> None:
         vmcs = await cpu.load(self.state.loaded_vmcs.vmcs)
@@ -90,8 +102,10 @@ class VmxVcpu:
         for word, value in ((state.rip, TEXT), (state.rsp, STACK), (state.cookie, 0), (state.exits, 0)):
             await cpu.store(word, value)
         await self.vcpu_load(cpu)
-        for field, value in initial_fields(cpu.vmx.config, cpu.number).items():
+        fields = initial_fields(cpu.vmx.config, cpu.number)
+        for field, value in fields.items():
             await vmcs_write(cpu, field, value)
+        await cpu.store(state.loaded_vmcs.exec_control, fields[Field.PRIMARY_PROC_CONTROLS])
         await vmcs_write(cpu, Field.GUEST_RIP, TEXT)
         await vmcs_write(cpu, Field.GUEST_RSP, STACK)
         await vmcs_write(cpu, Field.CR0_READ_SHADOW, 0)
@@ -108,8 +122,10 @@ class VmxVcpu:
     # Run
 
     async def run(self, cpu: Cpu) -> bool:
-        """KVM_RUN for a few exits; False if the vCPU cannot go on (KVM_EXIT_FAIL_ENTRY)."""
-        await self.vcpu_load(cpu)
+        """KVM_RUN for a few exits; False if the vCPU cannot go on (KVM_EXIT_FAIL_ENTRY, or it is lost)."""
+        if not await self.vcpu_load(cpu):
+            self.lost_with = lost_cpu(await cpu.load(self.state.loaded_vmcs.cpu))
+            return False
         for _ in range(EXITS_PER_RUN):
             if not await self.vcpu_enter_guest(cpu):
                 break
@@ -120,6 +136,7 @@ class VmxVcpu:
         """One entry and the handling of its exit."""
         await cpu.cond_resched()
         await cpu.preempt_disable()
+        await self.prepare_switch_to_guest(cpu)
         await cpu.local_irq_disable()
         reason = await self._vmx_vcpu_run(cpu)
         await self._short_irq_window(cpu)
@@ -130,14 +147,17 @@ class VmxVcpu:
         await self._handle_exit(cpu, reason)
         return True
 
+    async def prepare_switch_to_guest(self, cpu: Cpu) -> None:
+        """vmx_prepare_switch_to_guest, preemption off: nothing, for a vCPU that is not nested."""
+
     async def _vmx_vcpu_run(self, cpu: Cpu) -> int | None:
         """vmx_vcpu_run and the exit handling that needs IRQs off; the basic exit reason, None if the entry failed."""
         state, v = self.state, self.state.loaded_vmcs
         if await cpu.load(state.regs_dirty):
             await vmcs_write(cpu, Field.GUEST_RIP, await cpu.load(state.rip))
             await cpu.store(state.regs_dirty, 0)
-        await self._write_if_changed(cpu, v.host_cr3, Field.HOST_CR3, 0x1000 * (2 + self.number))
-        await self._write_if_changed(cpu, v.host_rsp, Field.HOST_RSP, HOST_STACK + self.number * 0x4000)
+        await write_if_changed(cpu, v.host_cr3, Field.HOST_CR3, 0x1000 * (2 + self.number))
+        await write_if_changed(cpu, v.host_rsp, Field.HOST_RSP, HOST_STACK + self.number * 0x4000)
         launched = bool(await cpu.load(v.launched))
         want = await cpu.load(v.vmcs)
         outcome, ended = await cpu.vmentry(self.number, want, launched=launched, first=not self.entries)
@@ -146,21 +166,24 @@ class VmxVcpu:
             return None
         self.entries += 1
         reason = await vmcs_read(cpu, Field.EXIT_REASON)
+        if ended.nmi:
+            await self._handle(KVM_HANDLING_NMI, handle_nmi(cpu))
         if reason & VM_ENTRY_FAILED:
             await self._dead(cpu, f"VM entry failed, exit reason {reason:#x}", 0)
             return None
         if not launched:
             await cpu.store_recorded(v.launched, 1, "launched_store", vmcs=want)
         await vmcs_read(cpu, Field.IDT_VECTORING_INFO)
-        if ended.nmi:
-            self.handling_intr_from_guest = KVM_HANDLING_NMI
-            await handle_nmi(cpu)
-        elif ended.vector:
+        if ended.vector:
             vector = (await vmcs_read(cpu, Field.EXIT_INTR_INFO)) & 0xFF or ended.vector
-            self.handling_intr_from_guest = KVM_HANDLING_IRQ
-            await handle_irq(cpu, vector)
-        self.handling_intr_from_guest = KVM_HANDLING_NONE
+            await self._handle(KVM_HANDLING_IRQ, handle_irq(cpu, vector))
         return reason
+
+    async def _handle(self, kind: int, handler: Coroutine[Any, Any, None]) -> None:
+        """Service what ended the guest's run; perf then accounts a sample to the guest."""
+        self.handling_intr_from_guest = kind
+        await handler
+        self.handling_intr_from_guest = KVM_HANDLING_NONE
 
     async def _short_irq_window(self, cpu: Cpu) -> None:
         """vcpu_enter_guest: interrupts that are pending now are accounted to the guest."""
@@ -169,13 +192,12 @@ class VmxVcpu:
         await cpu.local_irq_disable()
         self.handling_intr_from_guest = KVM_HANDLING_NONE
 
-    async def _write_if_changed(self, cpu: Cpu, cache: int, field: Field, value: int) -> None:
-        """A write-through cache of a host field: VMWRITE is skipped when KVM believes that nothing changed."""
-        if await cpu.load(cache) != value:
-            await vmcs_write(cpu, field, value)
-            await cpu.store(cache, value)
-
     async def _fail_entry(self, cpu: Cpu, outcome: Outcome) -> None:
+        if outcome.status is Status.EXCEPTION:
+            # VMX operation has ended under us; fine if the machine goes down, says the fixup of the entry.
+            await kvm_spurious_fault(cpu)
+            await self._dead(cpu, "VM entry faulted", 0)
+            return
         error = await vmcs_read(cpu, Field.VM_INSTRUCTION_ERROR)
         word = "VMfailInvalid" if outcome.status is Status.FAIL_INVALID else f"VM-instruction error {outcome.error}"
         await self._dead(cpu, f"KVM_EXIT_FAIL_ENTRY: {word}", error)
@@ -220,15 +242,17 @@ class VmxVcpu:
 
 
 async def vcpu_thread(cpu: Cpu, vcpu: VmxVcpu, page: int) -> str:
-    """User space's loop around KVM_RUN; why it ended: "moved", "stopped" or "dead".
+    """User space's loop around KVM_RUN; why it ended: "moved", "stopped", "dead" or "lost with CPU n".
 
     The head of the loop is the only place where the thread moves to another CPU or ends.
     """
     if not await cpu.load(vcpu.state.created):
         await vcpu.create(cpu, page)
     alive = True
-    while alive and await cpu.resume_user_mode():
+    while alive and await resume_user_mode(cpu):
         alive = await vcpu.run(cpu)
+    if vcpu.lost_with is not None:
+        return f"lost with CPU {vcpu.lost_with}"
     if cpu.thread.stopping:
         await vcpu.destroy(cpu)
         return "stopped"

@@ -18,6 +18,7 @@ class SteppedArbiter:
         self.seam = seam
         self.locks: dict[str, LockQueue] = {}
         self._calls: dict[int, int] = {}
+        self._policy = str(machine.cpus[0].kernel.knobs.get("lock_policy", "release"))
         machine.arbiter = self
 
     def _emit(self, event: str, cpu: int, **fields: object) -> None:
@@ -28,7 +29,7 @@ class SteppedArbiter:
 
     def lock_acquire(self, cpu: int, lock: str, level: int, request: int) -> None:
         """Queue a request."""
-        queue = self.locks.setdefault(lock, LockQueue(lock, 1))
+        queue = self.locks.setdefault(lock, LockQueue(lock, 1, self._policy))
         wanted = Request(f"cpu{cpu}", 1, request, level, self.machine.steps)
         self._emit("lock_queue", cpu, lock=lock, by=cpu, request=request, level=level, depth=queue.depth + 1)
         self._granted(queue, queue.acquire(wanted), cpu)
@@ -40,6 +41,16 @@ class SteppedArbiter:
         stale = int(not was_holder)
         self._emit("lock_release", cpu, lock=lock, by=cpu, epoch=epoch, number=number, stale=stale)
         self._granted(queue, grant, cpu)
+
+    def dead(self, cpu: int, cause: int) -> None:
+        """The process of a CPU has died; the record that follows is one of after `cause`, a live CPU."""
+        for queue in self.locks.values():
+            gone, grant = queue.dead(f"cpu{cpu}", 1)
+            for request in gone:
+                self._emit("lock_withdraw", cause, lock=queue.name, by=cpu, request=request.request)
+            self._granted(queue, grant, cause)
+        if self.seam.leave_dead(cpu):
+            self._emit("seam_dead", cause, by=cpu, why="the CPU died inside SEAM")
 
     def _granted(self, queue: LockQueue, grant: Grant | None, cause: int) -> None:
         if grant is None:

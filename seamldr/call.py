@@ -61,10 +61,9 @@ def _broken(cpu: Cpu, error: str, raised: BaseException | None = None) -> None:
 
 async def _restore(cpu: Cpu, before: tuple[bool, int, dict[str, tuple[int, int]]]) -> None:
     irqs_on, preempt_count, tokens = before
-    for name, (epoch, number) in list(cpu.tokens.items()):
+    for name, token in list(cpu.tokens.items()):
         if name not in tokens:
-            del cpu.tokens[name]
-            cpu.world.lock_release(name, epoch, number)
+            cpu.give_lock_back(name, token)
     while cpu.preempt_count > preempt_count:
         await cpu.preempt_enable()
     while cpu.preempt_count < preempt_count:

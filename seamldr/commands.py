@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import msgspec
 from rich.table import Table
 from rich.text import Text
 
 from seamldr.identity import make_identity
-from seamldr.image import ImageError, build_v1, build_v2
+from seamldr.image import ImageError, ModuleImage, build_v1, build_v2, parse
 from seamldr.module_maker import make_module
 from seamldr.platform import LoaderProfile, Platform
 from seamldr.sigstruct import SigStruct, new_key, signer_hash
-from seamldr.verdict import describe_image, verify_image
+from seamldr.status import Scenario
+from seamldr.verdict import Finding, ImageReport, describe_image, verify_image
 
 SIGNER_SUFFIX = ".signer"
 """Beside an image made here lies a file with the hash of its key, by which a machine trusts it."""
@@ -62,21 +62,51 @@ def inspect_module(path: Path) -> Table:
     return table
 
 
-def verify_module(path: Path, fms: int, profile: str) -> tuple[Table, bool]:
-    """Every rule with its outcome, and whether the image would be taken. Raises `ModuleCommandError`."""
+def verify_module(path: Path, fms: int, profile: str, running: Path | None = None) -> tuple[Table, bool]:
+    """Every rule with its outcome, and whether the image would be taken. Raises `ModuleCommandError`.
+
+    Without `running` this is the first module of the platform (LOAD); else an UPDATE of the module in that file.
+    """
     blob = _read(path)
-    beside = path.with_name(path.name + SIGNER_SUFFIX)
-    trusted = (beside.read_text().strip(),) if beside.is_file() else ()
-    platform = msgspec.structs.replace(
-        Platform(), profile=LoaderProfile(profile), fms=(fms,), trusted_signers=trusted
-    )
-    report = verify_image(blob, platform)
+    trusted = tuple(signer for file in (path, running) if file is not None for signer in _signer_beside(file))
+    platform = Platform(profile=LoaderProfile(profile), fms=(fms,), trusted_signers=trusted)
+    old = None if running is None else _running_module(running, platform)
+    report = verify_image(blob, platform, Scenario.LOAD if old is None else Scenario.UPDATE, old)
     stop = report.first_failure
-    words = "would be installed" if stop is None else f"stops at: {stop.title} ({stop.outcome})"
-    table = Table(title=f"{path}: {words}", title_justify="left")
+    caption = f"assumed: {report.assumed}"
+    table = Table(title=f"{path}: {_verdict(report)}", title_justify="left", caption=caption, caption_justify="left")
     for column in ("rule", "demands", "outcome"):
         table.add_column(column, overflow="fold")
     for finding in report.findings:
         style = "green" if finding.ok else "bold red" if finding is stop else "red"
         table.add_row(finding.rule, Text(finding.title), Text(finding.outcome, style=style))
     return table, report.accepted
+
+
+def _verdict(report: ImageReport) -> str:
+    """The outcome in words; of a version 1 file also what would become of it in the other container."""
+    words = _outcome(report.first_failure)
+    if report.reframable:
+        words += f"; as version 2 it {_outcome(report.first_loader_failure)}"
+    return words
+
+
+def _outcome(stop: Finding | None) -> str:
+    return "would be installed" if stop is None else f"stops at: {stop.title} ({stop.outcome})"
+
+
+def _signer_beside(path: Path) -> tuple[str, ...]:
+    beside = path.with_name(path.name + SIGNER_SUFFIX)
+    return (beside.read_text().strip(),) if beside.is_file() else ()
+
+
+def _running_module(path: Path, platform: Platform) -> ModuleImage:
+    """The module of a file, if P-SEAMLDR would have loaded it; either container will do."""
+    try:
+        image = parse(_read(path))
+    except ImageError as error:
+        raise ModuleCommandError(f"{path} is not a TDX module image: {error}") from None
+    refusal = verify_image(build_v2(image), platform).first_failure
+    if refusal is not None:
+        raise ModuleCommandError(f"{path} cannot be running there: {refusal.title} ({refusal.outcome})")
+    return image

@@ -22,6 +22,9 @@ HV0_FEATURES0 = 0x2_2E1F_0FBF
 HV1_FEATURES0 = 0x8022_6F3F_0FBF
 """TDX_FEATURES0 of TDX module 1.5.16 with UPDATE_COMPATIBILITY (bit 47)."""
 
+UNKNOWN_VERSION = "0.0.00"
+"""Of an image that does not say, and that Intel did not publish."""
+
 Profile = Literal["A", "B"]
 
 
@@ -108,7 +111,7 @@ def identity_of(sigstruct: SigStruct, image: bytes) -> ModuleIdentity:
     """The identity of the module `image`, from its own record, else from SEAMHASH, else from the sigstruct."""
     record = elf.find_section(image, elf.SHT_SEAMLAB_IDENTITY)
     identity = None if record is None else _decode(record)
-    return identity or _published(sigstruct) or _derive(sigstruct, "0.0.0")
+    return identity or _published(sigstruct) or _derive(sigstruct, UNKNOWN_VERSION)
 
 
 def _decode(record: bytes) -> ModuleIdentity | None:

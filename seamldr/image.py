@@ -107,7 +107,7 @@ FRAMING_RULES: tuple[tuple[str, Callable[[Framing], bool]], ...] = (
         lambda f: f.sigstruct_pages <= MAX_SIGSTRUCT_PAGES and f.module_pages <= MAX_MODULE_PAGES,
     ),
     ("the signature is TDX-BLOB", lambda f: f.signature == SIGNATURE),
-    ("reserved header bytes are zero", lambda f: not any(f.reserved)),
+    ("reserved header bytes are zero", lambda f: not f.reserved.strip(b"\0")),
 )
 """The kernel's checks on a header that is complete, in its order: what must hold, and the test."""
 

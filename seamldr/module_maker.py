@@ -7,6 +7,7 @@ tail of F4H bytes); the text itself is filler, since the emulated module runs fr
 from __future__ import annotations
 
 import hashlib
+import struct
 from typing import Any
 
 import msgspec
@@ -17,8 +18,10 @@ from seamldr.identity import ModuleIdentity, encode_identity
 from seamldr.image import MAX_MODULE_PAGES, PAGE, ModuleImage
 from seamldr.sigstruct import SigStruct, new_key, pack_cpuid_table, sign
 
-XEON_CPUIDS = (0x806F8, 0xC06F0, 0xA06F0)
-"""CPUID.1.EAX of the processors that Intel's 1.5 modules list."""
+XEON_CPUIDS = {1: (0x806F8, 0xC06F0, 0xA06F0), 2: (0xA06D0, 0xA06E0)}
+"""By major version, CPUID.1.EAX of the processors that Intel's modules list."""
+SVNS = {1: (1, 7), 2: (3, 5)}
+"""By major version, SEAMSVN of one of Intel's modules: 1.5.08 and 2.0.08."""
 FAULT_WRAPPER_DISTANCE = 0x160
 MIN_PAGES = 4
 _RELA_AT = 0x400
@@ -29,9 +32,9 @@ def make_module(
     identity: ModuleIdentity | None = None,
     *,
     key: rsa.RSAPrivateKey | None = None,
-    svn: tuple[int, int] = (1, 7),
+    svn: tuple[int, int] | None = None,
     pages: int = 6,
-    cpuid_table: tuple[int, ...] = XEON_CPUIDS,
+    cpuid_table: tuple[int, ...] | None = None,
     relocations: int = 49,
     gdt_idt_offset: int | None = None,
     rip_offset: int = PAGE,
@@ -40,32 +43,45 @@ def make_module(
 ) -> ModuleImage:
     """A module of `pages` pages with SEAMSVN `svn` (major, minor), signed with `key` or a fresh one.
 
-    `image` replaces the ELF image; `fields` override any field of the manifest before it is signed, so that an image
-    with one chosen defect can be made. The interrupt table lies in the last page unless `gdt_idt_offset` says
+    SEAMSVN and CPUID table are those of Intel's modules of the same series, 1.5 or 2.0, unless they are given. `image`
+    replaces the ELF image; `fields` override any field of the manifest before it is signed, so that an image with one
+    chosen defect can be made. The interrupt table lies in the last page unless `gdt_idt_offset` says
     otherwise; 0 means no table. Raises ValueError for fewer than 4 or more than 496 pages.
     """
     if image is None and not MIN_PAGES <= pages <= MAX_MODULE_PAGES:
         raise ValueError(f"a module image has {MIN_PAGES} to {MAX_MODULE_PAGES} pages, not {pages}")
     identity = identity or ModuleIdentity()
+    series = 1 if identity.major < 2 else 2
+    svn_major, svn_minor = svn or SVNS[series]
+    cpuids = XEON_CPUIDS[series] if cpuid_table is None else cpuid_table
     table = (pages - 1) * PAGE if gdt_idt_offset is None else gdt_idt_offset
     module = image if image is not None else make_elf(identity, pages, rip_offset, relocations)
     manifest = SigStruct(
         date=int(str(identity.build_date), 16),
         seamhash=hashlib.sha384(module).digest(),
-        svn_major=svn[0],
-        svn_minor=svn[1],
+        svn_major=svn_major,
+        svn_minor=svn_minor,
         rip_offset=rip_offset,
         module_hv=identity.module_hv,
         min_update_hv=identity.min_update_hv,
         no_downgrade=int(identity.no_downgrade),
         num_handoff_pages=identity.num_handoff_pages,
-        num_global_data_pages=0x15 if identity.major < 2 else 0x21,
+        num_global_data_pages=0x15 if series == 1 else 0x21,
+        reserved3=_version_bytes(identity) if series == 2 else bytes(24),
         gdt_idt_offset=table,
         fault_wrapper_offset=rip_offset + FAULT_WRAPPER_DISTANCE if table else 0,
-        cpuid_table_size=len(cpuid_table),
-        cpuid_table=pack_cpuid_table(cpuid_table),
+        cpuid_table_size=len(cpuids),
+        cpuid_table=pack_cpuid_table(cpuids),
     )
     return resign(ModuleImage(manifest.encode().ljust(PAGE, b"\0"), module), key or new_key(), **fields)
+
+
+def _version_bytes(identity: ModuleIdentity) -> bytes:
+    """The last reserved field of the manifest, in which Intel's modules from 2.0 on carry update, minor, major, build.
+    """
+    version = struct.pack("<4BH", identity.update & 0xFF, 0, identity.minor & 0xFF, identity.major & 0xFF,
+                          identity.build_num)  # fmt: skip
+    return version.ljust(24, b"\0")
 
 
 def resign(image: ModuleImage, key: rsa.RSAPrivateKey, **fields: Any) -> ModuleImage:

@@ -1,7 +1,8 @@
 """The SEAM side of the platform: the processor's gate, P-SEAMLDR and the TDX module, as one core.
 
-A SEAMCALL is `enter`, a residence that the shell times, and `leave`, which brings the registers of SEAMRET. State is
-kept in the SEAM range after every step, so that a process that takes over finds it there.
+A SEAMCALL is `enter`, a residence that the shell times, and `leave`, which brings the registers of SEAMRET. Each is one
+step: its state, its entry in the journal and its stores to memory are kept in the SEAM range in one commit, and then
+the stores are made. A process that takes over finds every step done or not begun.
 """
 
 from __future__ import annotations
@@ -11,15 +12,26 @@ from collections.abc import Iterator
 import msgspec
 
 from bus.memory import PAGE_SIZE, PhysicalMemory
-from cpu.layout import BUFFERS_END, P_SEAMLDR_SIZE, PAMT, SEAMRR_BASE, TDMR, TDMR_SIZE, seamrr_size
+from cpu.layout import (
+    BUFFERS_END,
+    P_SEAMLDR_SIZE,
+    PAMT,
+    SEAMRR_BASE,
+    TD_PAGES_END,
+    TDMR,
+    TDMR_SIZE,
+    seamrr_size,
+)
 from seamldr.gate import Admission, GateState, SeamGate
 from seamldr.identity import ModuleIdentity
 from seamldr.image import ModuleImage
+from seamldr.journal import Journal, Registers, SeamCall
 from seamldr.platform import LoaderProfile, Platform
 from seamldr.pseamldr import PSeamldr
 from seamldr.seam_store import SeamStore
 from seamldr.state import PSeamldrState
 from seamldr.status import Fatal, Scenario, SeamldrLeaf
+from seamldr.step_memory import StepMemory, Store
 from seamldr.structures import SeamldrParams
 from seamldr.tdx_boot import TdHandle, boot, born_finalized
 from seamldr.tdx_call import ModuleDead
@@ -35,7 +47,15 @@ SCRATCH = BUFFERS_END - 16 * PAGE_SIZE
 """Host pages that firmware uses before the machine runs."""
 
 REGISTER_NAMES = ("rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13")
-Registers = tuple[int, ...]
+STORES = "stores"
+"""Record of the stores that the last step has yet to make."""
+LOCK = "lock"
+"""Kind of the records in which the lock service, which shares this process, keeps what must outlive it."""
+OWN_RECORDS = ("gate", "pseamldr", "call", STORES, LOCK)
+"""Kinds of records that are not the TDX module's."""
+
+_stores = msgspec.msgpack.Decoder(list[Store])
+_NOTHING = msgspec.msgpack.encode([])
 
 
 def platform_of(cpus: int, fms: int, profile: str, seamdb_size: int, trusted: tuple[str, ...]) -> Platform:
@@ -68,16 +88,20 @@ class SeamSide:
 
     def __init__(self, platform: Platform, memory: PhysicalMemory) -> None:
         self.platform = platform
-        self.memory = memory
-        self._store = SeamStore(memory, platform.p_seamldr_base + STORE_OFFSET, STORE_SIZE)
-        kept = self._store.records()
+        self.memory = StepMemory(memory)
+        self.store = SeamStore(memory, platform.p_seamldr_base + STORE_OFFSET, STORE_SIZE)
+        self.journal = Journal()
+        kept = self.store.records()
+        self.memory.stores = _stores.decode(kept.get(STORES, _NOTHING))
+        self._settle()
         state = msgspec.msgpack.decode(kept["pseamldr"], type=PSeamldrState) if "pseamldr" in kept else None
         gate = msgspec.msgpack.decode(kept["gate"], type=GateState) if "gate" in kept else None
-        self.loader = PSeamldr(platform, memory, state)
+        self.loader = PSeamldr(platform, self.memory, state)
         self.gate = SeamGate(lambda: self.loader.seamextend, gate)
-        self._calls: dict[int, tuple[int, Registers]] = {}
-        self._results: dict[int, tuple[int, Registers]] = {}
         self.module: TdxModule | None = self._kept_module(kept)
+        for name, data in kept.items():
+            if name.startswith("call:"):
+                self.journal.remember(name, data)
 
     # Before the machine runs
 
@@ -107,9 +131,9 @@ class SeamSide:
         self.keep()
 
     def build_tds(self, count: int) -> list[TdHandle]:
-        """`count` finalized TDs with one vCPU each, bound to no LP."""
+        """`count` finalized TDs with one vCPU each, bound to no LP, in pages that KVM does not use."""
         assert self.module is not None
-        pages: Iterator[int] = iter(range(TDMR, TDMR + TDMR_SIZE, PAGE_SIZE))
+        pages: Iterator[int] = iter(range(TD_PAGES_END, TDMR + TDMR_SIZE, PAGE_SIZE))
         first = self.module.platform.first_private_hkid + 1
         module = self.module
         tds = [
@@ -125,58 +149,58 @@ class SeamSide:
         """The LP inside P-SEAMLDR."""
         return self.gate.state.owner
 
-    def enter(self, lp: int, rax: int, registers: Registers) -> Entry:
-        """SEAMCALL by an LP that is not in SEAM. Not admitted: VMfailInvalid, and nothing has happened."""
+    def enter(self, lp: int, rax: int, registers: Registers, *, incarnation: int = 0, call: int = 0) -> Entry:
+        """SEAMCALL number `call` by an LP that is not in SEAM. Not admitted: VMfailInvalid, nothing has happened."""
+        self.journal.begin(lp, SeamCall(incarnation, call, rax, registers))
+        entry = self._enter(lp, rax, registers)
+        if entry.admission is not Admission.ADMITTED:
+            self.journal.end(lp, None)
+        self.keep()
+        return entry
+
+    def _enter(self, lp: int, rax: int, registers: Registers) -> Entry:
         if not rax >> 63 and self.module is None:
             return Entry(Admission.NOT_LOADED)
         admission = self.gate.enter(lp, rax)
-        if admission is not Admission.ADMITTED:
+        if admission is not Admission.ADMITTED or rax >> 63:
             return Entry(admission)
-        self._calls[lp] = (rax, registers)
-        if rax >> 63:
-            self.keep()
-            return Entry(admission)
-        guest = self._enter_module(lp, rax, registers)
-        self.keep()
-        return Entry(self._gone(lp) if guest is None else admission, bool(guest))
+        try:
+            self._enter_module(lp, rax, registers)
+        except ModuleDead:
+            self.gate.shutdown(lp)
+            return Entry(Admission.SEAM_DEAD)
+        return Entry(admission, self.journal.calls[lp].guest)
 
-    def _gone(self, lp: int) -> Admission:
-        self.leave_dead(lp)
-        return Admission.SEAM_DEAD
-
-    def _enter_module(self, lp: int, rax: int, registers: Registers) -> bool | None:
-        """Make the module call; True if a guest runs now, None if the module died of it."""
+    def _enter_module(self, lp: int, rax: int, registers: Registers) -> None:
+        """Make the module call; it is over when the LP leaves, unless a guest runs now."""
         assert self.module is not None
         arguments = ModuleRegisters(**dict(zip(REGISTER_NAMES, registers, strict=False)))
-        try:
-            result = self.module.seamcall(lp, rax, arguments)
-        except ModuleDead:
-            return None
-        if result.running is None:
-            self._results[lp] = (result.rax, _with(registers, result.out))
-        return result.running is not None
+        result = self.module.seamcall(lp, rax, arguments)
+        call = self.journal.calls[lp]
+        call.guest = result.running is not None
+        if not call.guest:
+            call.answer = (result.rax, _with(registers, result.out))
 
     def leave(self, lp: int, *, interrupted: bool = False, nmi: bool = False) -> tuple[int, Registers]:
         """SEAMRET: RAX and the registers. A guest that ran ends by an interrupt, or by a TDVMCALL of its own.
 
         Raises Fatal if P-SEAMLDR died of the call; the gate then stays shut for all.
         """
-        rax, registers = self._calls.pop(lp)
+        call = self.journal.inside(lp)
+        assert call is not None
         try:
-            if rax >> 63:
-                answer = self.loader.call(lp, rax, registers[0])
+            if call.rax >> 63:
+                answer = self.loader.call(lp, call.rax, call.registers[0])
                 self._after_install()
                 out = {} if answer.rdx is None else {"rdx": answer.rdx}
-                result = (int(answer.rax), _with(registers, out))
-            elif lp in self._results:
-                result = self._results.pop(lp)
+                result = (int(answer.rax), _with(call.registers, out))
             else:
-                result = self._leave_guest(lp, registers, interrupted, nmi)
+                result = call.answer or self._leave_guest(lp, call.registers, interrupted, nmi)
         except (Fatal, ModuleDead) as error:
-            self.gate.shutdown(lp)
-            self.keep()
+            self.leave_dead(lp)
             raise Fatal(str(error)) from error
         self.gate.leave(lp)
+        self.journal.end(lp, result)
         self.keep()
         return result
 
@@ -192,11 +216,12 @@ class SeamSide:
 
     def leave_dead(self, lp: int) -> bool:
         """The LP's process died; True if it was in SEAM, which is then gone until the machine is reset."""
-        self._calls.pop(lp, None)
-        self._results.pop(lp, None)
-        inside = self.gate.shutdown(lp)
+        if self.journal.inside(lp) is None:
+            return False
+        self.journal.end(lp, None)
+        self.gate.shutdown(lp)
         self.keep()
-        return inside
+        return True
 
     # The module that is in place
 
@@ -223,18 +248,27 @@ class SeamSide:
             return None
         state, tds = ModuleState(), TdMemory()
         for name, data in kept.items():
-            if name not in ("pseamldr", "gate"):
+            if name.partition(":")[0] not in OWN_RECORDS:
                 decode(state, tds, name, data)
         return self._module(installed.identity, installed.generation, state, tds)
 
     def keep(self) -> None:
-        """Write what changed to the SEAM range."""
-        self._store.put("gate", msgspec.msgpack.encode(self.gate.state))
-        self._store.put("pseamldr", msgspec.msgpack.encode(self.loader.state))
+        """End of a step: what changed goes to the SEAM range, all at once, then its stores are made."""
+        changed = {
+            "gate": msgspec.msgpack.encode(self.gate.state),
+            "pseamldr": msgspec.msgpack.encode(self.loader.state),
+            STORES: msgspec.msgpack.encode(self.memory.stores) if self.memory.stores else b"",
+        }
         if self.module is not None:
-            for name in sorted(self.module.dirty):
-                self._store.put(name, self.module.encode(name))
+            changed |= {name: self.module.encode(name) for name in sorted(self.module.dirty)}
             self.module.dirty.clear()
+        self.store.commit(changed | self.journal.records())
+        self._settle()
+
+    def _settle(self) -> None:
+        if self.memory.stores:
+            self.memory.settle()
+            self.store.commit({STORES: b""})
 
 
 def _with(registers: Registers, out: dict[str, int]) -> Registers:

@@ -22,6 +22,7 @@ TDX_SEAMCALL_UD = TDX_SW_ERROR | 6
 TDX_RND_NO_ENTROPY = 0x8000_0203_0000_0000
 RDRAND_RETRY_LOOPS = 10
 
+_LOGGED = ("RCX", "RDX", "R08", "R09", "R10", "R11")
 _QUIET = {TDX_SEAMCALL_VMFAILINVALID: -ENODEV, TDX_SEAMCALL_GP: -EOPNOTSUPP, TDX_SEAMCALL_UD: -EACCES}
 
 
@@ -97,3 +98,14 @@ def report_seamcall(cpu: Cpu, fn: int, status: int) -> int:
 async def seamcall_ret(cpu: Cpu, fn: int, args: TdxModuleArgs) -> tuple[int, tuple[int, ...]]:
     """SEAMCALL with retry; status and registers."""
     return await sc_retry(cpu, fn, args)
+
+
+async def seamcall_prerr_ret(cpu: Cpu, fn: int, args: TdxModuleArgs) -> tuple[int, tuple[int, ...]]:
+    """As `seamcall_prerr`, with the registers, which are logged too if it fails: errno and registers."""
+    status, registers = await sc_retry(cpu, fn, args)
+    errno = report_seamcall(cpu, fn, status)
+    if errno == -EIO:
+        words = [f"{name} 0x{value:016x}" for name, value in zip(_LOGGED, registers, strict=False)]
+        for line in (words[:3], words[3:]):
+            cpu.pr_err(f"virt/tdx: {' '.join(line)}")
+    return errno, registers

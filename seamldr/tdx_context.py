@@ -16,6 +16,7 @@ from seamldr.tdx_state import (
     NO_LP,
     NO_PA,
     PAGE_SIZE,
+    PAMT_RANGE,
     TDMR_GRANULE,
     KotEntry,
     KotState,
@@ -25,6 +26,7 @@ from seamldr.tdx_state import (
     OpState,
     PageData,
     PageType,
+    SysState,
     TdData,
     TdMemory,
     TdPages,
@@ -35,6 +37,7 @@ from seamldr.tdx_state import (
 from seamldr.tdx_status import OperandId, TdxStatus
 
 TDVPS_BASE_PAGES = 6
+MAX_LEAF_LEVEL = 2
 
 
 class ModuleContext:
@@ -112,9 +115,12 @@ class ModuleContext:
 
     def page_type(self, pa: int) -> PageType:
         """PAMT.PT of the page at `pa`, which must lie in a TDMR."""
-        page = self.page(pa)
-        if page is not None:
-            return page.type
+        for level in range(MAX_LEAF_LEVEL + 1):
+            page = self.page(pa & -(PAGE_SIZE << 9 * level))
+            if page is not None and (level == 0 or (page.type == PageType.PT_REG and page.level >= level)):
+                return page.type
+        if self.tds.pamt.taken(pa):
+            return PageType.PT_RSVD
         for tdmr in self.state.system.tdmrs:
             for offset, size in tdmr.reserved:
                 if tdmr.base + offset <= pa < tdmr.base + offset + size:
@@ -125,8 +131,7 @@ class ModuleContext:
         """Make the page at `pa` one of `td`'s; all but the TDR count as its children."""
         self.tds.pages.setdefault(td.tdr, TdPages()).entries[pa] = page
         self._owners[pa] = td.tdr
-        if page.type != PageType.PT_TDR:
-            td.chldcnt += 1
+        td.chldcnt += page.children
         self.touch_td(td)
         self.dirty.add(f"pages:{td.tdr:x}")
 
@@ -141,7 +146,7 @@ class ModuleContext:
                 del self._owners[rest]
                 self._drop_vcpu(rest)
             return
-        self.tds.tds[tdr].chldcnt -= 1
+        self.tds.tds[tdr].chldcnt -= page.children
         self._drop_vcpu(pa)
 
     def _drop_vcpu(self, pa: int) -> None:
@@ -153,6 +158,10 @@ class ModuleContext:
         for pa in [pa for pa in self._owners if start <= pa < end]:
             if pa in self._owners:
                 self.take_page(pa)
+        pairs = self.tds.pamt.pairs
+        for base in [base for base in pairs if start <= base < end]:
+            del pairs[base]
+            self.dirty.add("pamt")
 
     def in_tdmr(self, pa: int) -> bool:
         """True if `pa` lies in an initialised part of a TDMR."""
@@ -197,6 +206,12 @@ class ModuleContext:
         call.lock(self.page_lock(pa), operand_busy(operand), exclusive=exclusive)
         if self.page_type(pa) != expected:
             raise Refused(TdxStatus.TDX_PAGE_METADATA_INCORRECT | operand)
+        if expected == PageType.PT_NDA and not self._has_pamt(pa):
+            raise Refused(TdxStatus.TDX_MISSING_PAMT_PAGE_PAIR | operand)
+
+    def _has_pamt(self, pa: int) -> bool:
+        """Whether there is a PAMT entry for the 4 KiB page at `pa`."""
+        return not self.state.system.dynamic_pamt or pa & -PAMT_RANGE in self.tds.pamt.pairs
 
     def lock_new_page(self, call: Call, pa: int, operand: OperandId) -> None:
         """A page that the leaf is going to use: it must be free."""
@@ -288,6 +303,20 @@ class ModuleContext:
     def all_pkgs(self) -> int:
         """Bitmap of all packages."""
         return (1 << self.platform.num_pkgs) - 1
+
+    def forget_configuration(self) -> None:
+        """Back to where an install leaves the module, but for the LPs that are inside it right now."""
+        system = self.state.system
+        system.kot, system.tdmrs = {}, []
+        system.wbt = [WbtEntry() for _ in range(self.platform.num_pkgs)]
+        system.sys_state = SysState.SYSINIT_PENDING
+        system.num_init_lps = system.pkg_config_bitmap = system.td_build_count = system.mig_interrupted_count = 0
+        system.dynamic_pamt = system.update_compatibility = False
+        for lp, data in self.state.lps.items():
+            data.is_init, data.last_tdvpr = False, NO_PA
+            self.touch_lp(lp)
+        self.touch_system()
+        self.dirty.add("pamt")
 
     def assert_alive(self) -> None:
         """Raises ModuleDead after `die`."""

@@ -36,11 +36,13 @@ class TdhLeaf(enum.IntEnum):
     TDH_MNG_KEY_FREEID = 20
     TDH_MNG_INIT = 21
     TDH_VP_INIT = 22
+    TDH_MEM_PAGE_PROMOTE = 23
     TDH_PHYMEM_PAGE_RDMD = 24
     TDH_VP_RD = 26
     TDH_MNG_KEY_RECLAIMID = 27
     TDH_PHYMEM_PAGE_RECLAIM = 28
     TDH_MEM_PAGE_REMOVE = 29
+    TDH_MEM_SEPT_REMOVE = 30
     TDH_SYS_KEY_CONFIG = 31
     TDH_SYS_INFO = 32
     TDH_SYS_INIT = 33
@@ -57,9 +59,12 @@ class TdhLeaf(enum.IntEnum):
     TDH_SYS_CONFIG = 45
     TDH_SYS_SHUTDOWN = 52
     TDH_SYS_UPDATE = 53
+    TDH_PHYMEM_PAMT_ADD = 58
+    TDH_PHYMEM_PAMT_REMOVE = 59
+    TDH_SYS_DISABLE = 69
 
 
-# Versions: the dispatcher lets a non-zero version pass only to these leaves; 23 and 30 are leaves we do not have.
+# Versions: the dispatcher lets a non-zero version pass only to these leaves.
 VERSIONED_A = frozenset({3, 11, 23, 26, 30})
 VERSIONED_B = VERSIONED_A | {22, 33, 45, 53}
 

@@ -15,6 +15,7 @@ same `tds`; a restart of the emulator makes one from the saved state too. `dirty
     td:PA           one TD (TDR and TDCS), by hexadecimal TDR address
     pages:PA        the pages of that TD (PAMT and Secure EPT)
     vcpu:PA         one vCPU, by TDVPR address
+    pamt            pages that hold PAMT entries (dynamic PAMT)
 
 Source: Intel TDX module, `src/vmm_dispatcher/tdx_vmm_dispatcher.c`.
 """
@@ -26,7 +27,7 @@ from typing import TypeVar
 
 import msgspec
 
-from seamldr import tdx_mem, tdx_metadata, tdx_phymem, tdx_sys, tdx_td, tdx_vcpu
+from seamldr import tdx_mem, tdx_metadata, tdx_pamt, tdx_phymem, tdx_sept, tdx_sys, tdx_td, tdx_vcpu
 from seamldr.tdx_call import Call, Hooks, ModuleDead, Refused, Registers, operand_invalid
 from seamldr.tdx_context import ModuleContext
 from seamldr.tdx_leaves import (
@@ -44,6 +45,7 @@ from seamldr.tdx_state import (
     NO_PA,
     LpData,
     ModuleState,
+    PamtPairs,
     SysState,
     SystemData,
     TdData,
@@ -73,7 +75,7 @@ HANDLERS: dict[int, Callable[[ModuleContext, Call], int]] = {
     TdhLeaf.TDH_VP_ENTER: tdx_vcpu.vp_enter,
     TdhLeaf.TDH_MNG_ADDCX: tdx_td.mng_addcx,
     TdhLeaf.TDH_MEM_PAGE_ADD: tdx_mem.mem_page_add,
-    TdhLeaf.TDH_MEM_SEPT_ADD: tdx_mem.mem_sept_add,
+    TdhLeaf.TDH_MEM_SEPT_ADD: tdx_sept.mem_sept_add,
     TdhLeaf.TDH_VP_ADDCX: tdx_vcpu.vp_addcx,
     TdhLeaf.TDH_MEM_PAGE_AUG: tdx_mem.mem_page_aug,
     TdhLeaf.TDH_MEM_RANGE_BLOCK: tdx_mem.mem_range_block,
@@ -89,11 +91,13 @@ HANDLERS: dict[int, Callable[[ModuleContext, Call], int]] = {
     TdhLeaf.TDH_MNG_KEY_FREEID: tdx_td.mng_key_freeid,
     TdhLeaf.TDH_MNG_INIT: tdx_td.mng_init,
     TdhLeaf.TDH_VP_INIT: tdx_vcpu.vp_init,
+    TdhLeaf.TDH_MEM_PAGE_PROMOTE: tdx_sept.mem_page_promote,
     TdhLeaf.TDH_PHYMEM_PAGE_RDMD: tdx_phymem.phymem_page_rdmd,
     TdhLeaf.TDH_VP_RD: tdx_metadata.vp_rd,
     TdhLeaf.TDH_MNG_KEY_RECLAIMID: tdx_td.mng_key_reclaimid,
     TdhLeaf.TDH_PHYMEM_PAGE_RECLAIM: tdx_phymem.phymem_page_reclaim,
     TdhLeaf.TDH_MEM_PAGE_REMOVE: tdx_mem.mem_page_remove,
+    TdhLeaf.TDH_MEM_SEPT_REMOVE: tdx_sept.mem_sept_remove,
     TdhLeaf.TDH_SYS_KEY_CONFIG: tdx_sys.sys_key_config,
     TdhLeaf.TDH_SYS_INFO: tdx_metadata.sys_info,
     TdhLeaf.TDH_SYS_INIT: tdx_sys.sys_init,
@@ -109,8 +113,14 @@ HANDLERS: dict[int, Callable[[ModuleContext, Call], int]] = {
     TdhLeaf.TDH_SYS_LP_SHUTDOWN: tdx_sys.sys_lp_shutdown,
     TdhLeaf.TDH_SYS_CONFIG: tdx_sys.sys_config,
     TdhLeaf.TDH_SYS_UPDATE: tdx_sys.sys_update,
+    TdhLeaf.TDH_PHYMEM_PAMT_ADD: tdx_pamt.phymem_pamt_add,
+    TdhLeaf.TDH_PHYMEM_PAMT_REMOVE: tdx_pamt.phymem_pamt_remove,
+    TdhLeaf.TDH_SYS_DISABLE: tdx_sys.sys_disable,
 }
 
+
+FEATURE_SYS_DISABLE = 1 << 53
+"""Bit of TDX_FEATURES0: TDH.SYS.DISABLE is there."""
 
 RecordT = TypeVar("RecordT")
 
@@ -177,9 +187,17 @@ class TdxModule(ModuleContext):
             return Refused(TdxStatus.TDX_SYS_SHUTDOWN)
         if state != SysState.SYS_READY and leaf not in BEFORE_READY:
             return Refused(TdxStatus.TDX_SYS_NOT_READY)
-        if leaf not in HANDLERS and leaf != TdhLeaf.TDH_SYS_SHUTDOWN:
+        if not self._has_leaf(leaf):
             return operand_invalid(OperandId.RAX)
         return None
+
+    def _has_leaf(self, leaf: int) -> bool:
+        """Whether this build knows the leaf."""
+        if leaf in (TdhLeaf.TDH_PHYMEM_PAMT_ADD, TdhLeaf.TDH_PHYMEM_PAMT_REMOVE):
+            return self.profile_b
+        if leaf == TdhLeaf.TDH_SYS_DISABLE:
+            return bool(self.identity.tdx_features0 & FEATURE_SYS_DISABLE)
+        return leaf in HANDLERS or leaf == TdhLeaf.TDH_SYS_SHUTDOWN
 
     def running(self, lp: int) -> int | None:
         """TDVPR of the vCPU whose guest runs on `lp`."""
@@ -219,6 +237,8 @@ class TdxModule(ModuleContext):
             return self.state.system
         if kind == "lp":
             return self.state.lps[int(key)]
+        if kind == "pamt":
+            return self.tds.pamt
         tables: dict[str, dict[int, TdData] | dict[int, VcpuData] | dict[int, TdPages]] = {
             "td": self.tds.tds,
             "vcpu": self.tds.vcpus,
@@ -235,6 +255,7 @@ def all_records(state: ModuleState, tds: TdMemory) -> list[str]:
         *(f"td:{pa:x}" for pa in tds.tds),
         *(f"pages:{pa:x}" for pa in tds.pages),
         *(f"vcpu:{pa:x}" for pa in tds.vcpus),
+        "pamt",
     ]
 
 
@@ -252,6 +273,8 @@ def decode(state: ModuleState, tds: TdMemory, record: str, data: bytes) -> None:
         _place(tds.tds, int(key, 16), data, TdData)
     elif kind == "vcpu":
         _place(tds.vcpus, int(key, 16), data, VcpuData)
+    elif kind == "pamt":
+        tds.pamt = msgspec.msgpack.decode(data, type=PamtPairs)
     elif kind == "pages":
         _place(tds.pages, int(key, 16), data, TdPages)
     else:

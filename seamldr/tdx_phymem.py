@@ -67,7 +67,8 @@ def phymem_page_reclaim(m: ModuleContext, c: Call) -> int:
     if page.type == PageType.PT_TDR and td.chldcnt:
         raise Refused(TdxStatus.TDX_TD_ASSOCIATED_PAGES_EXIST)
     m.take_page(pa)
-    c.out = {"rcx": page.type, "rdx": td.tdr, "r8": 0, "r9": 0, "r10": 0, "r11": 0}
+    level = page.level if page.type == PageType.PT_REG else 0
+    c.out = {"rcx": page.type, "rdx": td.tdr, "r8": level, "r9": 0, "r10": 0, "r11": 0}
     return TdxStatus.TDX_SUCCESS
 
 
@@ -76,8 +77,10 @@ def phymem_page_rdmd(m: ModuleContext, c: Call) -> int:
     pa = c.regs.rcx
     m.check_private_pa(pa, OperandId.RCX)
     c.lock(m.page_lock(pa), operand_busy(OperandId.RCX), exclusive=False)
-    owner = m.owner_of(pa).tdr if m.page(pa) is not None else 0
-    c.out = {"rcx": m.page_type(pa), "rdx": owner, "r8": 0, "r9": 0, "r10": 0, "r11": 0}
+    page = m.page(pa)
+    owner = m.owner_of(pa).tdr if page is not None else 0
+    level = page.level if page is not None and page.type == PageType.PT_REG else 0
+    c.out = {"rcx": m.page_type(pa), "rdx": owner, "r8": level, "r9": 0, "r10": 0, "r11": 0}
     return TdxStatus.TDX_SUCCESS
 
 

@@ -25,6 +25,7 @@ MAX_PKGS = 8
 MAX_TDMRS = 64
 MAX_RESERVED_PER_TDMR = 16
 TDMR_GRANULE = 1 << 30
+PAMT_RANGE = 1 << 21
 
 
 class SysState(enum.IntEnum):
@@ -238,13 +239,31 @@ class VcpuData(msgspec.Struct, array_like=True):
 
 
 class PageData(msgspec.Struct, array_like=True):
-    """PAMT entry of a page, and the Secure EPT entry that maps it if it is a REG or EPT page."""
+    """PAMT entry of a page, and the Secure EPT entry that maps it if it is a REG or EPT page.
+
+    `level` is that of the Secure EPT entry: 0 is a page of 4 KiB, 1 one of 2 MiB or the table of such a range.
+    """
 
     type: PageType
     gpa: int = 0
     level: int = 0
     state: EntryState = EntryState.MAPPED
     block_epoch: int = 0
+
+    @property
+    def range(self) -> int:
+        """Bytes of guest-physical memory behind the Secure EPT entry."""
+        return PAGE_SIZE << 9 * self.level
+
+    @property
+    def size(self) -> int:
+        """Bytes of physical memory that the page takes."""
+        return self.range if self.type == PageType.PT_REG else PAGE_SIZE
+
+    @property
+    def children(self) -> int:
+        """What the page counts in TDR.CHLDCNT, which counts pages of 4 KiB."""
+        return 0 if self.type == PageType.PT_TDR else self.size // PAGE_SIZE
 
 
 class TdPages(msgspec.Struct, array_like=True):
@@ -253,9 +272,20 @@ class TdPages(msgspec.Struct, array_like=True):
     entries: dict[int, PageData] = msgspec.field(default_factory=dict)
 
 
+class PamtPairs(msgspec.Struct, array_like=True):
+    """Dynamic PAMT: the two pages that hold the PAMT entries of a range of 2 MiB, by its base."""
+
+    pairs: dict[int, tuple[int, int]] = msgspec.field(default_factory=dict)
+
+    def taken(self, pa: int) -> bool:
+        """Whether the page at `pa` holds PAMT entries."""
+        return any(pa in pair for pair in self.pairs.values())
+
+
 class TdMemory(msgspec.Struct, array_like=True):
     """All that lives in TD-private memory and PAMT: keyed by TDR PA, TDVPR PA and TDR PA."""
 
     tds: dict[int, TdData] = msgspec.field(default_factory=dict)
     vcpus: dict[int, VcpuData] = msgspec.field(default_factory=dict)
     pages: dict[int, TdPages] = msgspec.field(default_factory=dict)
+    pamt: PamtPairs = msgspec.field(default_factory=PamtPairs)

@@ -260,3 +260,21 @@ def sys_update(m: ModuleContext, c: Call) -> int:
     system.sys_state = SysState.SYS_READY
     m.touch_system()
     return TdxStatus.TDX_SUCCESS
+
+
+def sys_disable(m: ModuleContext, c: Call) -> int:
+    """TDH.SYS.DISABLE: free all that TDs have and forget every configuration, so that another kernel may begin anew.
+
+    A host interrupt may come between two TDs; then the host calls again.
+    """
+    m.lock_global(c, exclusive=True)
+    if m.busy_lps() > 1:
+        raise Refused(TdxStatus.TDX_SYS_BUSY)
+    for tdr in list(m.tds.tds):
+        m.take_page(tdr)
+        if m.tds.tds and m.hooks.interrupt_pending(c.lp):
+            raise Refused(TdxStatus.TDX_INTERRUPTED_RESUMABLE)
+    m.tds.pamt.pairs.clear()
+    tdx_handoff.write_header(m.memory, m.platform.handoff_pa, HandoffHeader())
+    m.forget_configuration()
+    return TdxStatus.TDX_SUCCESS

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Mapping
 
 from bus.memory import PhysicalMemory
 from seamldr import tdx_metadata
 from seamldr.tdx_call import Call, Refused, operand_invalid
 from seamldr.tdx_context import ModuleContext
 from seamldr.tdx_state import (
+    PAGE_SIZE,
     KotEntry,
     KotState,
     LifeCycle,
@@ -27,6 +29,7 @@ from seamldr.tdx_state import (
 from seamldr.tdx_status import OperandId, TdxStatus
 
 EXTRA_TDCX_PAGES = 4
+EXTEND_SIZE = 256
 TD_PARAMS_SIZE = 1024
 _TD_PARAMS = struct.Struct("<QQHB5xQQH")
 _EPTP_4_LEVELS = 0x1E
@@ -91,18 +94,17 @@ def mng_addcx(m: ModuleContext, c: Call) -> int:
     return TdxStatus.TDX_SUCCESS
 
 
-def write_td_params(
-    memory: PhysicalMemory,
-    pa: int,
-    *,
-    max_vcpus: int,
-    attributes: int = 0,
-    xfam: int = tdx_metadata.XFAM_FIXED1,
-    tsc_frequency: int = 80,
-) -> None:
-    """Store `struct td_params` (1024 bytes) at `pa`; `tsc_frequency` is in units of 25 MHz."""
+def td_params(
+    *, max_vcpus: int, attributes: int = 0, xfam: int = tdx_metadata.XFAM_FIXED1, tsc_frequency: int = 80
+) -> bytes:
+    """`struct td_params`, 1024 bytes; `tsc_frequency` is in units of 25 MHz."""
     packed = _TD_PARAMS.pack(attributes, xfam, max_vcpus, 0, _EPTP_4_LEVELS, 0, tsc_frequency)
-    memory.write(pa, packed.ljust(TD_PARAMS_SIZE, b"\0"))
+    return packed.ljust(TD_PARAMS_SIZE, b"\0")
+
+
+def write_td_params(memory: PhysicalMemory, pa: int, **params: int) -> None:
+    """Store `td_params` at `pa`."""
+    memory.write(pa, td_params(**params))
 
 
 def mng_init(m: ModuleContext, c: Call) -> int:
@@ -155,18 +157,42 @@ def extend_mrtd(m: ModuleContext, td: TdData, data: bytes) -> None:
     m.touch_td(td)
 
 
+def mrtd_of(pages: Mapping[int, bytes]) -> bytes:
+    """What a TD's owner computes: MRTD of a TD that is built of these pages (GPA to 4 KiB), in this order."""
+    context = bytes(48)
+
+    def extend(data: bytes) -> None:
+        nonlocal context
+        context = hashlib.sha384(context + data).digest()
+
+    for gpa, content in pages.items():
+        extend(b"MEM.PAGE.ADD" + gpa.to_bytes(8, "little"))
+        for at in range(0, PAGE_SIZE, EXTEND_SIZE):
+            extend(b"MR.EXTEND" + (gpa + at).to_bytes(8, "little") + content[at : at + EXTEND_SIZE])
+    extend(b"MR.FINALIZE")
+    return context
+
+
+def page_at(m: ModuleContext, td: TdData, gpa: int) -> tuple[int, PageData] | None:
+    """The page of the TD, of any size, that is mapped at `gpa`."""
+    for pa, page in m.tds.pages[td.tdr].entries.items():
+        if page.type == PageType.PT_REG and page.gpa <= gpa < page.gpa + page.size:
+            return pa, page
+    return None
+
+
 def mr_extend(m: ModuleContext, c: Call) -> int:
     """TDH.MR.EXTEND: measure 256 bytes of a page that was added."""
     td = m.lock_td(c, c.regs.rdx, OperandId.RDX, exclusive=True)
     m.check_td_state(c, td, (OpState.INITIALIZED,), lock_op_state=False)
     gpa = c.regs.rcx
-    if gpa % 256:
+    if gpa % EXTEND_SIZE:
         raise operand_invalid(OperandId.RCX)
-    pages = m.tds.pages[td.tdr].entries
-    pa = next((pa for pa, page in pages.items() if page.type == PageType.PT_REG and page.gpa == gpa & ~0xFFF), None)
-    if pa is None:
+    found = page_at(m, td, gpa)
+    if found is None:
         raise Refused(TdxStatus.TDX_EPT_WALK_FAILED | OperandId.RCX, rcx=0, rdx=0)
-    extend_mrtd(m, td, b"MR.EXTEND" + gpa.to_bytes(8, "little") + m.memory.read(pa + gpa % 4096, 256))
+    pa, page = found
+    extend_mrtd(m, td, b"MR.EXTEND" + gpa.to_bytes(8, "little") + m.memory.read(pa + gpa - page.gpa, EXTEND_SIZE))
     c.out = {"rcx": 0, "rdx": 0}
     return TdxStatus.TDX_SUCCESS
 

@@ -7,7 +7,7 @@ CPU run `do_seamldr_install_module` under stop_machine: a lock-step through five
 from __future__ import annotations
 
 import enum
-from errno import EBUSY, EINVAL, EIO, ENODEV
+from errno import EBUSY, EINTR, EINVAL, EIO, ENODEV
 
 import msgspec
 
@@ -19,10 +19,11 @@ from cpu.stop_machine import online_cpus, stop_machine
 from seamldr.api import boot_cpu_has_bug
 from seamldr.call import seamldr_call
 from seamldr.image import Framing, ImageError, obey_framing
-from seamldr.seamcall import TdxModuleArgs, report_seamcall, seamcall_errno, seamcall_prerr, seamcall_ret
+from seamldr.seamcall import TdxModuleArgs, report_seamcall, seamcall_prerr, seamcall_prerr_ret, seamcall_ret
 from seamldr.status import Scenario, SeamldrLeaf
-from seamldr.structures import SeamldrParams
-from seamldr.tdx_leaves import TdhLeaf
+from seamldr.structures import INFO_SIZE, SeamldrInfo, SeamldrParams
+from seamldr.tdx_leaves import TdhLeaf, leaf_rax
+from seamldr.tdx_status import TdxStatus
 
 FIELD_MODULE_HV = 0x8900_0001_0000_0000
 VERSION_FIELDS = (0x0800_0001_0000_0004, 0x0800_0001_0000_0003, 0x0800_0001_0000_0005)
@@ -36,6 +37,7 @@ STATUS_MASK = 0xFFFF_FFFF_0000_0000
 TDX_UPDATE_COMPAT_SENSITIVE = 0x8000_0512_0000_0000
 
 LEAD_CPU = 0
+CACHE_LINE = 64
 
 update_lock = RawSpinLock("update_ctrl.lock")
 sysinit_lock = RawSpinLock("sysinit_lock")
@@ -110,13 +112,20 @@ def _seamldr_params(image: Framing, pages: tuple[int, ...]) -> bytes:
 
 
 async def do_seamldr_install_module(cpu: Cpu, params: int) -> int:
-    """The rendezvous loop: one instance on every online CPU, interrupts off."""
+    """The rendezvous loop: one instance on every online CPU, interrupts off.
+
+    -EINTR if an operator gives up an update that waits for a dead CPU (`update_abort`), which is not Linux: there the
+    others spin for ever.
+    """
     ctrl = UPDATE_CTRL
     update = await cpu.load(ctrl.update)
     current, ret = ModuleUpdateState.START, 0
     while True:
         new = await cpu.load(ctrl.state)
         if new == current:
+            if await cpu.load(KERNEL.update_abort):
+                cpu.waits_for = ("", "")
+                return -EINTR
             cpu.waits_for = (f"waits for the stage after {current.name}", "")
             await cpu.cpu_relax()
         else:
@@ -151,8 +160,8 @@ async def _ack_state(cpu: Cpu, update: int, state: ModuleUpdateState, ret: int) 
         if ret:
             await cpu.store(ctrl.num_failed, failed)
         acks = await cpu.load(ctrl.num_ack) + 1
-        await cpu.store(ctrl.num_ack, acks)
         cpu.emit("ack", update=update, state=state.name, ret=ret, num_ack=acks, num_failed=failed)
+        await cpu.store(ctrl.num_ack, acks)
         if acks == await cpu.load(ctrl.online) and not failed:
             await cpu.store(ctrl.num_ack, 0)
             following = state + 1
@@ -163,9 +172,9 @@ async def _ack_state(cpu: Cpu, update: int, state: ModuleUpdateState, ret: int) 
 
 async def tdx_module_shutdown(cpu: Cpu) -> int:
     """Lead CPU: ask the running module for its handoff data in its own version, and forget that TDX is initialized."""
-    status, registers = await seamcall_ret(cpu, TdhLeaf.TDH_SYS_RD, TdxModuleArgs(rdx=FIELD_MODULE_HV))
-    if status:
-        return seamcall_errno(status)
+    ret, registers = await seamcall_prerr_ret(cpu, TdhLeaf.TDH_SYS_RD, TdxModuleArgs(rdx=FIELD_MODULE_HV))
+    if ret:
+        return ret
     handoff_version = registers[2]
     args = TdxModuleArgs(rcx=handoff_version | await _shutdown_flags(cpu))
     status, _ = await seamcall_ret(cpu, TdhLeaf.TDH_SYS_SHUTDOWN, args)
@@ -184,10 +193,15 @@ async def tdx_module_shutdown(cpu: Cpu) -> int:
 async def _shutdown_flags(cpu: Cpu) -> int:
     """Whether the module is asked to refuse while a TD is being built; merged Linux does not ask."""
     ask = cpu.kernel.knobs["avoid_compat_sensitive"]
-    if ask == "if_supported":
-        status, registers = await seamcall_ret(cpu, TdhLeaf.TDH_SYS_RD, TdxModuleArgs(rdx=FIELD_TDX_FEATURES0))
-        ask = "always" if not status and registers[2] & FEATURE_UPDATE_COMPATIBILITY else "off"
-    return AVOID_COMPAT_SENSITIVE if ask == "always" else 0
+    if ask == "always" or (ask == "if_supported" and await _has_update_compatibility(cpu)):
+        return AVOID_COMPAT_SENSITIVE
+    return 0
+
+
+async def _has_update_compatibility(cpu: Cpu) -> bool:
+    """Whether the module that is there can refuse an update during a TD build, or notice one."""
+    ret, registers = await seamcall_prerr_ret(cpu, TdhLeaf.TDH_SYS_RD, TdxModuleArgs(rdx=FIELD_TDX_FEATURES0))
+    return not ret and bool(registers[2] & FEATURE_UPDATE_COMPATIBILITY)
 
 
 async def tdx_cpu_enable(cpu: Cpu) -> int:
@@ -197,7 +211,10 @@ async def tdx_cpu_enable(cpu: Cpu) -> int:
     ret = await _tdx_sysinit_once(cpu)
     if ret:
         return ret
-    ret = await seamcall_prerr(cpu, TdhLeaf.TDH_SYS_LP_INIT, TdxModuleArgs())
+    status, _ = await seamcall_ret(cpu, TdhLeaf.TDH_SYS_LP_INIT, TdxModuleArgs())
+    # A process of this CPU that died right after its call has left no word of it.
+    done_before = cpu.lives > 1 and status == TdxStatus.TDX_SYS_LP_INIT_DONE
+    ret = 0 if done_before else report_seamcall(cpu, TdhLeaf.TDH_SYS_LP_INIT, status)
     if ret:
         return ret
     await cpu.store(cpu.percpu.lp_initialized, 1)
@@ -218,8 +235,16 @@ async def _tdx_sysinit_once(cpu: Cpu) -> int:
 
 
 async def tdx_module_run_update(cpu: Cpu) -> int:
-    """Lead CPU: the new module takes the handoff over. Of its metadata only the version is read again."""
-    ret = await seamcall_prerr(cpu, TdhLeaf.TDH_SYS_UPDATE, TdxModuleArgs())
+    """Lead CPU: the new module takes the handoff over. Of its metadata only the version is read again.
+
+    With `detect_compat_sensitive` the module is told to notice a measurement of a TD that it cannot go on with, if the
+    features that were read at boot have that; Linux does not tell it.
+    """
+    rax, args = leaf_rax(TdhLeaf.TDH_SYS_UPDATE), TdxModuleArgs()
+    features0 = await cpu.load(TDX_STATE.features0)
+    if cpu.kernel.knobs["detect_compat_sensitive"] == "if_supported" and features0 & FEATURE_UPDATE_COMPATIBILITY:
+        rax, args = leaf_rax(TdhLeaf.TDH_SYS_UPDATE, version=1), TdxModuleArgs(r9=FEATURE_UPDATE_COMPATIBILITY)
+    ret = await seamcall_prerr(cpu, rax, args)
     if ret:
         return ret
     version = await read_module_version(cpu)
@@ -232,8 +257,8 @@ async def read_module_version(cpu: Cpu) -> int | None:
     """The running module's version as one word, or None if it cannot be read."""
     parts = []
     for field in VERSION_FIELDS:
-        status, registers = await seamcall_ret(cpu, TdhLeaf.TDH_SYS_RD, TdxModuleArgs(rdx=field))
-        if status:
+        ret, registers = await seamcall_prerr_ret(cpu, TdhLeaf.TDH_SYS_RD, TdxModuleArgs(rdx=field))
+        if ret:
             return None
         parts.append(registers[2])
     return version_word(*parts)
@@ -245,13 +270,20 @@ async def _set_initialized(cpu: Cpu, initialized: int, version: int) -> None:
     cpu.emit("module_init_flag", initialized=initialized, version=version_text(version))
 
 
-async def seamldr_version_show(cpu: Cpu, buffer: int) -> tuple[int, str]:
-    """Read `seamldr_version`: SEAMLDR.INFO into the page at `buffer`; errno and the text, "1.5.02"."""
+async def seamldr_get_info(cpu: Cpu, buffer: int) -> tuple[int, SeamldrInfo | None]:
+    """SEAMLDR.INFO into the page at `buffer`, then a copy of it, a cache line at a time; errno and the copy."""
     ret = await seamldr_call(cpu, SeamldrLeaf.INFO, TdxModuleArgs(rcx=buffer))
     if ret:
+        return ret, None
+    lines = [await cpu.read_phys(at, CACHE_LINE) for at in range(buffer, buffer + INFO_SIZE, CACHE_LINE)]
+    return 0, SeamldrInfo.decode(b"".join(lines))
+
+
+async def seamldr_version_show(cpu: Cpu, buffer: int) -> tuple[int, str]:
+    """Read `seamldr_version` by way of the page at `buffer`; errno and the text, "1.5.02"."""
+    ret, info = await seamldr_get_info(cpu, buffer)
+    if info is None:
         return ret, ""
-    info = await cpu.read_phys(buffer, 256)
-    minor, major, update = (int.from_bytes(info[at : at + 2], "little") for at in (18, 20, 22))
-    if info[:4] != bytes(4):
+    if info.version:
         return -EIO, ""
-    return 0, f"{major}.{minor}.{update:02}"
+    return 0, f"{info.major}.{info.minor}.{info.update:02}"

@@ -10,11 +10,31 @@ from __future__ import annotations
 
 import enum
 import re
-from errno import EBUSY, EINVAL, EIO, ENODEV, ENOMEM, ENOSPC
+from errno import EBUSY, EINVAL, EIO, ENODEV, ENOMEM, ENOSPC, ENXIO
 
 import msgspec
 
 from seamldr.image import VERSION_1, VERSION_2
+
+FEATURE_TD_PRESERVING = 1 << 1
+"""Bit of TDX_FEATURES0: the module can be updated while TDs run."""
+
+
+class Support(msgspec.Struct, frozen=True):
+    """What decides whether the driver shows upload nodes and P-SEAMLDR's attributes, when it is loaded.
+
+    `sysinfo`: TDX is initialized. `features0`: TDX_FEATURES0 of the running module. `erratum`: SEAMRET invalidates the
+    current VMCS on this CPU, and the kernel minds.
+    """
+
+    sysinfo: bool
+    features0: int
+    erratum: bool
+
+    @property
+    def update_supported(self) -> bool:
+        """tdx_supports_runtime_update() of Linux, on a CPU without the erratum."""
+        return self.sysinfo and bool(self.features0 & FEATURE_TD_PRESERVING) and not self.erratum
 
 
 class LoadState(enum.Enum):
@@ -54,7 +74,9 @@ class NodeProfile(msgspec.Struct, frozen=True):
 
     `image_version` is the container it reads. `errors` maps an errno of the install, positive, to what `error` says;
     the others are `FW_INVALID`. `cancels`: its `cancel` does something. `checks_first`: it looks for remaining updates
-    and offline CPUs before it begins. `reader_mode` is the mode of P-SEAMLDR's attributes.
+    and offline CPUs before it begins. `readers` are the names of P-SEAMLDR's attributes, its version and the number of
+    updates that remain; `reader_mode` is their mode, `reader_errno` what reading them returns, positive, when
+    SEAMLDR.INFO fails; 0 for the errno of the call itself.
     """
 
     node: str
@@ -62,14 +84,25 @@ class NodeProfile(msgspec.Struct, frozen=True):
     errors: dict[int, UploadError]
     cancels: bool
     checks_first: bool
+    readers: tuple[str, str]
     reader_mode: int
+    reader_errno: int
 
     def upload_error(self, errno: int) -> UploadError:
         """What the driver makes of an install that returned `errno`, 0 or negative."""
         return self.errors.get(-errno, UploadError.FW_INVALID) if errno else UploadError.NONE
 
 
-MERGED = NodeProfile("tdx_module", VERSION_2, {}, cancels=False, checks_first=False, reader_mode=0o400)
+MERGED = NodeProfile(
+    "tdx_module",
+    VERSION_2,
+    {},
+    cancels=False,
+    checks_first=False,
+    readers=("seamldr_version", "num_remaining_updates"),
+    reader_mode=0o400,
+    reader_errno=0,
+)
 """As in the kernel: `tdx_module`; P-SEAMLDR's attributes for root alone."""
 V3 = NodeProfile(
     "seamldr_upload",
@@ -82,7 +115,9 @@ V3 = NodeProfile(
     },
     cancels=True,
     checks_first=True,
+    readers=("seamldr/version", "seamldr/num_remaining_updates"),
     reader_mode=0o444,
+    reader_errno=ENXIO,
 )
 """As in version 3 of the series, which the released client was written for."""
 PROFILES = (MERGED, V3)

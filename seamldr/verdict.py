@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import msgspec
 
 from seamldr import elf
-from seamldr.identity import identity_of
+from seamldr.identity import UNKNOWN_VERSION, identity_of
 from seamldr.image import FRAMING_RULES, PAGE, VERSION_1, Framing, ImageError, ModuleImage, checksum, parse
 from seamldr.manifest import ManifestContext, verdicts
 from seamldr.platform import LoaderProfile, Platform
@@ -37,16 +37,33 @@ class Finding(msgspec.Struct, frozen=True):
         """Whether the image obeys."""
         return self.outcome == OK
 
+    @property
+    def by_kernel(self) -> bool:
+        """Whether the kernel applies this rule, to the container; else P-SEAMLDR does."""
+        return self.rule.startswith("kernel")
+
 
 class ImageReport(msgspec.Struct, frozen=True):
-    """The findings in the order in which the machine would come to them."""
+    """The findings in the order in which the machine would come to them, and what they take for granted."""
 
     findings: tuple[Finding, ...]
+    assumed: str
 
     @property
     def first_failure(self) -> Finding | None:
         """What the machine would stop at."""
         return next((finding for finding in self.findings if not finding.ok), None)
+
+    @property
+    def first_loader_failure(self) -> Finding | None:
+        """What P-SEAMLDR would stop at, whatever the kernel thinks of the container."""
+        return next((finding for finding in self.findings if not (finding.ok or finding.by_kernel)), None)
+
+    @property
+    def reframable(self) -> bool:
+        """Whether only the container is wrong: a version 1 file, whose pages P-SEAMLDR could be given all the same."""
+        stop = self.first_failure
+        return stop is not None and stop.by_kernel and not all(finding.by_kernel for finding in self.findings)
 
     @property
     def accepted(self) -> bool:
@@ -69,7 +86,21 @@ def verify_image(
     if image is not None:
         findings += _params(image, scenario, running)
         findings += _loader(image, platform, scenario, running)
-    return ImageReport(tuple(findings))
+    return ImageReport(tuple(findings), _assumptions(platform, scenario, running))
+
+
+def _assumptions(platform: Platform, scenario: Scenario, running: ModuleImage | None) -> str:
+    """What platform and module the findings are about, as a sentence."""
+    where = f"P-SEAMLDR {platform.profile} on CPU {' and '.join(f'{fms:X}H' for fms in platform.fms)}"
+    if scenario is Scenario.LOAD:
+        return f"{where}, a LOAD with no module before it"
+    if running is None:
+        return f"{where}, an UPDATE with no module to replace"
+    old = SigStruct.decode(running.sigstruct)
+    version = identity_of(old, running.module).version
+    name = "an unknown module" if version == UNKNOWN_VERSION else f"module {version}"
+    svn = f"SVN {old.svn_major}.{old.svn_minor}"
+    return f"{where}, an UPDATE of {name} with {svn}, shut down with handoff version {old.module_hv}"
 
 
 def _finding(rule: str, title: str, holds: bool, code: str | SeamldrStatus) -> Finding:
@@ -197,6 +228,6 @@ def _identity_rows(image: ModuleImage) -> Iterator[Row]:
     if not image.sigstruct:
         return
     identity = identity_of(SigStruct.decode(image.sigstruct), image.module)
-    yield "module version", identity.version, "unknown to this program" if identity.version == "0.0.00" else ""
+    yield "module version", identity.version, "unknown to this program" if identity.version == UNKNOWN_VERSION else ""
     yield "module profile", identity.profile, f"handoff version {identity.module_hv}"
     yield "TDX_FEATURES0", f"{identity.tdx_features0:#x}", "runtime update" if identity.tdx_features0 & 2 else ""

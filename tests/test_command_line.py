@@ -144,6 +144,8 @@ def test_the_table_fits_a_narrow_terminal(tmp_path: Path) -> None:
         ("compare --strategies none,bogus", "no strategy 'bogus'"),
         ("analyze nowhere", "not a run directory"),
         ("module inspect pyproject.toml", "not a TDX module image"),
+        ("module verify pyproject.toml --fms zzz", "invalid number"),
+        ("module verify pyproject.toml --running pyproject.toml", "not a TDX module image"),
         ("module make out.bin --version 1.5", "not major.minor.update"),
         ("module make out.bin --pages 3", "4 to 496 pages"),
         ("module make /nowhere/out.bin", "cannot be written"),

@@ -30,7 +30,7 @@ from seamldr.strategies import STRATEGIES, find_strategy
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 ROOMS = ("bus", "cpu", "seamldr", "kvm")
-GENERATED = {**bus.docs.PAGES, "knobs.md": kvm.docs.knobs_page}
+GENERATED = {**bus.docs.PAGES, "knobs.md": kvm.docs.knobs_page, "hazards.md": kvm.docs.hazards_page}
 
 COMMAND = re.compile(r"(?:^|(?<=[ `/]))(?:seamlab|python launcher\.py)((?: [^`|#\n]*)?)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")

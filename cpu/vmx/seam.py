@@ -38,6 +38,14 @@ def seamcall_check(unit: VmxUnit, rax: int) -> Outcome | None:
     return None
 
 
+def seamret_check(unit: VmxUnit) -> Outcome | None:
+    """The tests that SEAMRET begins with: #UD outside SEAM, outside 64-bit mode and in a guest, then #GP; None = go on.
+    """
+    if not unit.in_seam or unit.code_mode is not CodeMode.LONG or unit.mode is VmxMode.NON_ROOT:
+        return UNDEFINED_OPCODE
+    return GENERAL_PROTECTION if unit.cpl else None
+
+
 def seamret_pseamldr(unit: VmxUnit, launch: str, scope: str) -> int:
     """The end of a P-SEAMLDR call, seen from the caller; returns the current-VMCS pointer that was lost, or NO_VMCS.
 

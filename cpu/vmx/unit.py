@@ -302,6 +302,10 @@ class VmxUnit(LogicalProcessor):
         """What SEAMCALL tests before it looks for SEAM software; None = it may go on. See `seam.seamcall_check`."""
         return seam.seamcall_check(self, rax)
 
+    def seamret_check(self) -> Outcome | None:
+        """What SEAMRET tests first; None = it may go on. See `seam.seamret_check`."""
+        return seam.seamret_check(self)
+
     def seamret_pseamldr(self, launch: str, scope: str) -> int:
         """What SEAMRET from the P-SEAMLDR does to the caller's VMCSs. See `seam.seamret_pseamldr`."""
         return seam.seamret_pseamldr(self, launch, scope)

@@ -25,6 +25,7 @@ from rich.table import Table
 from bus.clock import LamportClock
 from bus.endpoint import Endpoint, open_endpoint
 from bus.link import Identity
+from bus.linkfaults import LinkRule
 from bus.messages import Ring
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,8 +63,9 @@ async def bus_trips(directory: str) -> list[float]:
     return times
 
 
-async def bus_flood(directory: str) -> None:
+async def bus_flood(directory: str, rules: tuple[LinkRule, ...] = ()) -> None:
     async with endpoint(directory, "echo", "main") as end:
+        end.set_link_faults(rules, 1)
         for n in range(FLOOD):
             end.send("main", Ring(n))
             if n % 64 == 0:
@@ -72,14 +74,28 @@ async def bus_flood(directory: str) -> None:
         await end.flush()
 
 
-async def bus_sink(directory: str) -> float:
+async def bus_sink(directory: str, rules: tuple[LinkRule, ...] = ()) -> float:
     async with endpoint(directory, "main", "echo") as end:
+        end.set_link_faults(rules, 2)
         await end.wait()
         began, count = perf_counter(), 0
         while count < FLOOD:
             await end.wait()
             count += len(end.drain_nowait())
-        return perf_counter() - began
+        took = perf_counter() - began
+        end.set_link_faults((), 0)  # the last acknowledgement gets through
+        return took
+
+
+BAD = (LinkRule(drop=0.1, duplicate=0.1),)
+
+
+async def bad_bus_flood(directory: str) -> None:
+    await bus_flood(directory, BAD)
+
+
+async def bad_bus_sink(directory: str) -> float:
+    return await bus_sink(directory, BAD)
 
 
 # Blocking pyzmq, single frames and one-way sockets
@@ -193,6 +209,7 @@ TRIP = {
 }
 FLOW = {
     "bus": (bus_sink, bus_flood),
+    "bus, 10 % dropped, 10 % doubled": (bad_bus_sink, bad_bus_flood),
     "PUSH/PULL": (push_pull_sink, push_pull_flood),
     "DEALER/ROUTER": (router_sink, dealer_flood),
 }
@@ -258,7 +275,8 @@ def main(rounds: int) -> None:
             for share in (0.5, 0.99):
                 one = {name: percentile(times[name], share) for name in TRIP}
                 results.setdefault((f"round trip, {place}, p{share * 100:.0f}", "us"), []).append(one)
-        took = {name: measure(*FLOW[name], two) for name in order}
+        flows = list(FLOW) if number % 2 else list(reversed(FLOW))
+        took = {name: measure(*FLOW[name], two) for name in flows}
         one = {name: FLOOD / took[name] / 1000 for name in FLOW}
         results.setdefault(("one way, two cores", "k/s"), []).append(one)
     table = Table("measure", "variant", "median", *(f"x {raw}" for raw in RAW), title="The bus against blocking pyzmq")

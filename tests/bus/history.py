@@ -68,6 +68,9 @@ class Run:
     def vmptrld(self, vmcs: int, result: str = "ok", reason: str = "load") -> Run:
         return self.write("vmptrld", vmcs=vmcs, cur=NONE, result=result, reason=reason)
 
+    def vmptrst(self, value: int) -> Run:
+        return self.write("vmptrst", value=value, result="ok")
+
     def vmclear(self, vmcs: int, reason: str = "clear") -> Run:
         return self.write("vmclear", vmcs=vmcs, cur=NONE, result="ok", reason=reason)
 
@@ -92,17 +95,39 @@ class Run:
         return self.write("vmentry", insn=insn, vcpu=0, vmcs=vmcs, want=vmcs, launched=launched, result=result)
 
     def begin(self, cur: int, leaf: int = INFO) -> Run:
-        return self.write("strategy_begin", leaf=leaf, name="INFO", cur=cur)
+        """A strategy starts; the first thing that it does is to turn interrupts off."""
+        self.write("strategy_begin", leaf=leaf, name="INFO", cur=cur)
+        self._irqs = False
+        return self
 
     def end(self, cur: int, errno: int = 0) -> Run:
+        self._irqs = True
         return self.write("strategy_end", leaf=INFO, errno=errno, cur=cur)
 
-    def seamcall(self, leaf: int, lost: int = NONE, cur: int = NONE, *, entered: int = 1, status: int = 0) -> Run:
+    def seamcall(
+        self, leaf: int, lost: int = NONE, cur: int = NONE, *, entered: int = 1, status: int = 0, attempt: int = 1
+    ) -> Run:
         """A SEAMCALL of this CPU, without the SEAM side's records."""
-        self.write("seamcall_enter", leaf=leaf, name=f"leaf{leaf & 0xFF}", attempt=1, cur=lost, epoch=1, number=1)
+        name = f"leaf{leaf & 0xFF}"
+        self.write("seamcall_enter", leaf=leaf, name=name, attempt=attempt, cur=lost, epoch=1, number=1)
         return self.write(
-            "seamcall_return", leaf=leaf, name=f"leaf{leaf & 0xFF}", entered=entered, status=status, cur=cur, lost=lost
+            "seamcall_return", leaf=leaf, name=name, entered=entered, status=status, cur=cur, lost=lost
         )
+
+    def track(self, vmcs: int, cpu: int) -> Run:
+        """The stores of a load that takes the VMCS to this CPU."""
+        return self.write("list_add", vmcs=vmcs).load_as(vmcs, cpu)
+
+    def load_as(self, vmcs: int, cpu: int) -> Run:
+        """VMPTRLD, then the store of `loaded_vmcs.cpu`, then the end of the load."""
+        return self.cv(vmcs).vmptrld(vmcs).cpu_store(vmcs, cpu).vcpu_load(vmcs)
+
+    def untrack(self, vmcs: int) -> Run:
+        """__loaded_vmcs_clear."""
+        return self.cv(NONE).vmclear(vmcs).write("list_del", vmcs=vmcs).cpu_store(vmcs, NONE)
+
+    def cpu_store(self, vmcs: int, new: int) -> Run:
+        return self.write("cpu_store", vmcs=vmcs, new=new)
 
     def call_none(self, vmcs: int) -> Run:
         """A whole call by the strategy `none` that loses the current VMCS."""
@@ -137,6 +162,21 @@ class Run:
         return self.write("lock_withdraw", lock=lock, by=by, request=request)
 
     # The SEAM side
+
+    def restart(self, inside: int = -1) -> Run:
+        """The service is started again, in its second incarnation."""
+        return self.new_process().write("service_restart", epoch=2, asked=[0, 1], inside=inside)
+
+    def claim(self, by: int, request: int, number: int = 0, *, asked: int = 0, epoch: int = 1) -> Run:
+        """A claim of a lock that is held under token `number`, or waited for."""
+        token = {"epoch": epoch if number else 0, "number": number}
+        return self.write("lock_claim", lock=LOCK, by=by, request=request, level=0, asked=asked, **token)
+
+    def restore(self, to: int, request: int, number: int, *, epoch: int = 1) -> Run:
+        return self.write("lock_restore", lock=LOCK, to=to, request=request, epoch=epoch, number=number)
+
+    def expire(self, by: int, request: int, number: int) -> Run:
+        return self.write("lock_expire", lock=LOCK, by=by, request=request, epoch=1, number=number, held_ns=5)
 
     def seam_enter(
         self,
@@ -209,6 +249,25 @@ class Run:
         self._number += 1
         self.write("admin_begin", request=self._number, kind=kind)
         return self.write("admin_end", request=self._number, kind=kind, errno=errno, text="")
+
+    # The user's interface
+
+    def request(self, number: int, kind: str) -> Run:
+        return self.node("kvm").write("request", request=number, kind=kind, cpu=0)
+
+    def info(self, number: int, remaining: int, errno: int = 0) -> Run:
+        return self.node("kvm").write("seamldr_info", request=number, errno=errno, remaining=remaining)
+
+    def read(self, path: str, value: str, errno: int = 0) -> Run:
+        return self.node("kvm").write("sysfs_read", path=f"devices/faux/tdx_host/{path}", value=value, errno=errno)
+
+    def upload(self, stage: str, error: str | None = None, name: str = "tdx_module", data: int | None = None) -> Run:
+        """A change of an upload node; `error` and `data` are what the stage implies unless they are given."""
+        idle = stage == "idle"
+        error = ("" if idle else "EBUSY") if error is None else error
+        load, data = "none" if idle else "done", int(idle) if data is None else data
+        self.node("kvm")
+        return self.write("fw_upload", name=name, load=load, stage=stage, error=error, remaining=8192, data=data)
 
     # The machine
 

@@ -281,25 +281,6 @@ async def test_the_least_recently_used_socket_goes_first(directory: str) -> None
         assert a.statistics().connected == 3
 
 
-async def test_lost_frames_are_sent_again(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every third frame is dropped where it leaves; all arrive."""
-    async with mesh(directory, "a", "b") as (a, b):
-        transmit, count = a._transmit, 0
-
-        def lossy(frame: bytes, peer: str) -> None:
-            nonlocal count
-            count += 1
-            if count % 3:
-                transmit(frame, peer)
-
-        monkeypatch.setattr(a, "_transmit", lossy)
-        for n in range(30):
-            a.send("b", Ring(n))
-        with trio.fail_after(20):
-            assert words(await collect(b, 30)) == list(range(30))
-        assert a.statistics().resent > 0
-
-
 async def test_a_death_ends_a_flush(directory: str) -> None:
     """A flush that waits for a peer which is then declared dead returns; each message is complete as dead."""
     async with mesh(directory, "a") as (a,):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from history import LOCK, Run
+from history import INFO, LOCK, Run
 
 DEAD = {"wanted": False, "status": -9}
 
@@ -62,9 +62,53 @@ def test_a_call_without_the_lock_breaks_i20(token: tuple[int, int]) -> None:
     assert service().seam_enter(0, token, (1, 2)).violated() == {"I20"}
 
 
+def test_a_refused_call_under_a_stale_token_breaks_i20() -> None:
+    """A CPU that lost its lease gets no answer at all: VMfailInvalid would be one."""
+    assert service().seam_enter(0, (1, 1), (1, 2), admitted=0, alive=0).violated() == {"I20"}
+
+
 def test_a_fenced_call_breaks_nothing() -> None:
-    """A call that was kept out because its token is stale did no harm: I20 and I21 hold."""
-    assert service().seam_enter(0, (1, 1), (1, 2), admitted=0).violated() == set()
+    """A call that was kept out because its lease had ended did no harm, and neither did the grant after it."""
+    run = two_queued().grant(0, 1, 1).expire(0, 1, 1).grant(1, 1, 2)
+    run.write(
+        "seam_fenced", by=0, leaf=INFO, name="INFO", epoch=1, number=1, holder_epoch=1, holder_number=2
+    )
+    assert run.violated() == set()
+
+
+def test_a_lease_that_ends_inside_breaks_i20() -> None:
+    """I20 is broken if a CPU loses the lock while it is in P-SEAMLDR, and not if it was before or after."""
+    held = two_queued().grant(0, 1, 1).seam_enter(0, (1, 1), (1, 1))
+    assert held.seam_return(0).expire(0, 1, 1).violated() == set()
+    assert two_queued().grant(0, 1, 1).seam_enter(0, (1, 1), (1, 1)).expire(0, 1, 1).violated() == {"I20"}
+
+
+def test_a_restored_holder_keeps_i20() -> None:
+    """After a restart of the service the holder goes on under its token; what was granted and lost does not count."""
+    run = two_queued().grant(0, 1, 1).restart().claim(1, 1).claim(0, 1, 1).restore(0, 1, 1)
+    run.queue(1, 1).release(0, 1).grant(1, 1, 1, epoch=2)
+    assert run.violated() == set()
+    assert two_queued().grant(0, 1, 1).restart().grant(0, 1, 1, epoch=2).violated() == {"I24"}
+
+
+def test_two_who_claim_the_lock_break_i20() -> None:
+    """I20 is broken if two CPUs say that they hold it, unless one of them lost its lease and has not noticed."""
+    assert service().restart().claim(0, 1, 1).claim(1, 1, 2).violated() == {"I20"}
+    run = two_queued().grant(0, 1, 1).expire(0, 1, 1).grant(1, 1, 2)
+    assert run.restart().claim(0, 1, 1).claim(1, 1, 2).restore(1, 1, 2).violated() == set()
+
+
+def test_a_grant_beside_a_restored_holder_breaks_i20() -> None:
+    """I20 is broken by a grant of the new service while the restored holder has the lock."""
+    run = two_queued().grant(0, 1, 1).restart().restore(0, 1, 1).queue(1, 1).grant(1, 1, 1, epoch=2)
+    assert run.violated() == {"I20"}
+
+
+def test_who_is_inside_goes_on_over_a_restart() -> None:
+    """I19 takes who is inside from the state that was kept: who left unrecorded is out, who is in stays in."""
+    assert service().seam_enter(0).restart().seam_enter(1, (1, 1), (1, 1)).violated() == set()
+    assert service().seam_enter(0).restart(inside=0).seam_enter(1, (1, 1), (1, 1)).violated() == {"I19"}
+    assert service().restart(inside=0).seam_return(0).seam_enter(1, (1, 1), (1, 1)).violated() == set()
 
 
 def test_a_busy_p_seamldr_breaks_i21() -> None:
@@ -91,10 +135,20 @@ def test_overtaking_breaks_i24() -> None:
     assert service().grant(1, 1, 1).violated() == {"I24"}
 
 
-def test_a_new_incarnation_of_the_service_is_asked_again() -> None:
-    """I24 takes the order in which waiters queue again after the service was started anew."""
-    run = two_queued().new_process().queue(1, 1).queue(0, 1).grant(1, 1, 1).release(1, 1).grant(0, 1, 2)
+def test_waiters_queue_again_by_the_time_of_their_requests() -> None:
+    """I24 orders those who waited by Lamport time, then CPU, and puts them before those who come later."""
+    asked = two_queued().queue(2, 9).restart().claim(0, 1, asked=7).claim(1, 1, asked=5).claim(2, 9, asked=5)
+    run = asked.queue(1, 1).queue(2, 9).queue(0, 1).queue(3, 1)
+    for epoch_number, (cpu, request) in enumerate([(1, 1), (2, 9), (0, 1), (3, 1)], start=1):
+        run.grant(cpu, request, epoch_number, epoch=2).release(cpu, epoch_number, epoch=2)
     assert run.violated() == set()
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_queueing_again_out_of_turn_breaks_i24(first: int) -> None:
+    """I24 is broken if a later request, or one that was never claimed, queues before a claimed one."""
+    run = service().restart().claim(0, 1, asked=7).claim(1, 1, asked=5)
+    assert run.queue(first, 1).violated() == {"I24"}
 
 
 def test_growing_tokens_keep_i57() -> None:
@@ -107,6 +161,12 @@ def test_growing_tokens_keep_i57() -> None:
 def test_a_token_that_goes_back_breaks_i57(epoch: int, number: int) -> None:
     """I57 is broken by a token that is repeated or goes back."""
     assert two_queued().grant(0, 1, 5).release(0, 5).grant(1, 1, number, epoch=epoch).violated() == {"I57"}
+
+
+def test_a_holder_restored_under_an_old_token_breaks_i57() -> None:
+    """I57 is broken by a holder that comes back although another was granted after it."""
+    run = two_queued().grant(0, 1, 1).release(0, 1).grant(1, 1, 2).restart()
+    assert run.restore(0, 1, 1).violated() == {"I57"}
 
 
 def test_a_granted_request_keeps_i50() -> None:
@@ -144,13 +204,13 @@ def test_a_call_under_the_lock_breaks_i50_and_i51() -> None:
     """I50 and I51 are broken in a cut run when the holder waits for a CPU that waits for it with interrupts off."""
     run = Run().cpu(0).lock_request(1).lock_hold(1, 1).csd_lock(1, 7)
     run.cpu(1, irqs=False).lock_request(1)
-    assert run.finish(finished=False).violated() == {"I50", "I51"}
+    assert run.finish(finished=False).violated() == {"I25", "I50", "I51"}
 
 
 def test_a_waiter_with_interrupts_on_serves_the_holder() -> None:
     """The same with interrupts on is no deadlock: the waiter can run the call."""
     run = Run().cpu(0).lock_request(1).lock_hold(1, 1).csd_lock(1, 7).cpu(1).lock_request(1)
-    assert run.finish(finished=False).violated() == set()
+    assert run.finish(finished=False).violated() == {"I25"}
 
 
 def test_processes_that_wait_for_each_other_are_stuck() -> None:
@@ -161,10 +221,17 @@ def test_processes_that_wait_for_each_other_are_stuck() -> None:
     assert run.finish(finished=False).violated() == {"I50"}
 
 
-def test_a_dead_holder_excuses_i50() -> None:
-    """I50 is excused when the holder died, and when the waiter itself did."""
-    run = Run().cpu(0).lock_request(1).lock_hold(1, 1).cpu(1).lock_request(1).exit("cpu0", **DEAD).finish()
-    assert run.violated() == set() and len(run.judge().excused) == 1
+def test_a_dead_holder_excuses_i50_only_if_the_policy_hangs() -> None:
+    """I50 is excused when the holder died with lock_policy=hang, and when the waiter itself or the service did."""
+
+    def waits(**knobs: str) -> Run:
+        return Run(**knobs).cpu(0).lock_request(1).lock_hold(1, 1).cpu(1).lock_request(1)
+
+    hung = waits(lock_policy="hang").exit("cpu0", **DEAD).finish()
+    assert hung.violated() == set() and len(hung.judge().excused) == 1
+    assert waits().exit("cpu0", **DEAD).finish().violated() == {"I50"}
+    assert waits().exit("seamldr", **DEAD).finish().violated() == set()
+    assert waits().exit("seamldr", **DEAD).online("seamldr", 2).finish().violated() == {"I50"}
     assert Run().cpu(0).lock_request(1).exit("cpu0", **DEAD).finish().violated() == set()
 
 

@@ -44,7 +44,8 @@ def test_two_good_updates_keep_everything() -> None:
 
 def test_an_update_that_failed_and_ended_keeps_everything() -> None:
     """A CPU that fails acknowledges as well; the stage stays and the update ends badly, which is no violation."""
-    run = begun().cpu(0).enter_state("SHUTDOWN").ack("SHUTDOWN", ret=-5).cpu(1).enter_state("SHUTDOWN").ack("SHUTDOWN")
+    run = begun().cpu(0, "stopper", irqs=False).enter_state("SHUTDOWN").ack("SHUTDOWN", ret=-5)
+    run.cpu(1, "stopper", irqs=False).enter_state("SHUTDOWN").ack("SHUTDOWN")
     assert run.cpu(0).update_end(-5).finish().violated() == set()
 
 
@@ -79,7 +80,8 @@ def test_a_count_of_cpus_is_enough() -> None:
 
 def test_work_before_the_stage_is_done_breaks_i32() -> None:
     """I32 is broken by a CPU that starts a stage before all have acknowledged the one before."""
-    run = begun().stage("SHUTDOWN", "CPU_INSTALL").cpu(0).enter_state("CPU_INSTALL").ack("CPU_INSTALL")
+    run = begun().stage("SHUTDOWN", "CPU_INSTALL")
+    run.cpu(0, "stopper", irqs=False).enter_state("CPU_INSTALL").ack("CPU_INSTALL")
     assert run.violated() == set()
     assert run.enter_state("CPU_INIT").violated() == {"I32"}
 
@@ -89,7 +91,7 @@ def test_the_lead_repeats_its_work_and_breaks_i33(leaf: int) -> None:
     """I33 is broken by a second SHUTDOWN or UPDATE in an update; a retry for want of entropy is none."""
     run = begun().cpu(0, "stopper").seamcall(leaf, status=NO_ENTROPY).seamcall(leaf)
     assert run.violated() == set()
-    assert run.seamcall(leaf).violated() == {"I33"}
+    assert run.seamcall(leaf).violated() == ({"I33", "I34"} if leaf == SHUTDOWN else {"I33"})
 
 
 def test_another_cpu_does_the_lead_s_work_and_breaks_i33() -> None:

@@ -1,24 +1,25 @@
-"""The protocol of the links: numbering, acknowledgement, resend, membership, and a channel that misbehaves."""
+"""The protocol of the links, rule by rule: numbering, acknowledgement, gaps, resend, membership."""
 
 import msgspec
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from bus.link import (
     ACK_DELAY,
     ACK_EVERY,
+    BACKLOG_LIMIT,
+    BACKLOG_NOTICE,
+    GAP_AGAIN,
     NEVER,
     RESEND_AFTER,
     RESEND_AT_MOST,
     RESEND_BURST,
     WINDOW,
+    BacklogError,
     Completion,
     Identity,
     Refusal,
 )
-from bus.messages import MAX_FRAME, Envelope, Query, Ring, Waits, decode, encode
+from bus.messages import MAX_FRAME, MAX_MISSING, Envelope, Query, Ring, Waits, decode, encode
 from bus.peers import Peers
 
 KEY = b"k" * 16
@@ -79,6 +80,175 @@ def test_reordered_and_repeated_frames_are_delivered_once_in_order() -> None:
         b.receive(frames[n], 0)
     assert words(b) == [0, 1, 2, 3, 4]
     assert (b.total("duplicates"), b.total("reordered")) == (3, 3)
+
+
+def sequences(frames: list[bytes]) -> list[int]:
+    """Which messages these frames carry."""
+    return [decode(one).sequence for one in frames]
+
+
+def lossy(a: Peers, b: Peers, lost: set[int], now: int = 0) -> None:
+    """Bring over what a puts out, but the messages `lost`; let b report what it misses."""
+    for one in taken(a):
+        if decode(one).sequence not in lost:
+            b.receive(one, now)
+    b.report_gaps(now)
+
+
+def test_a_loss_under_traffic_costs_a_round_trip() -> None:
+    """The frames behind the gap show it, the report names what is missing, exactly that comes again; no time passes."""
+    a, b = pair()
+    for n in range(1, 10):
+        a.send("b", Ring(n), 0, 0)
+    lossy(a, b, {3, 5, 6})
+    (report,) = taken(b)
+    assert (decode(report).sequence, decode(report).missing) == (0, (3, 5, 6))
+    a.receive(report, 1)
+    again = taken(a)
+    assert sequences(again) == [3, 5, 6]
+    for one in again:
+        b.receive(one, 1)
+    assert words(b) == list(range(1, 10))
+    assert a.total("resent") == 3
+    b.take()
+    b.tick(ACK_DELAY)
+    carry(b, a)
+    for peers in (a, b):
+        peers.tick(RESEND_AFTER)
+        assert peers.due == NEVER
+
+
+def test_a_gap_is_reported_once_and_then_again_after_a_while() -> None:
+    """More frames behind the same gap report nothing; time does, at doubling intervals, for a while."""
+    a, b = pair()
+    for n in range(1, 4):
+        a.send("b", Ring(n), 0, 0)
+    lossy(a, b, {1})
+    assert len(taken(b)) == 1
+    a.send("b", Ring(4), 0, 0)
+    lossy(a, b, set())
+    assert taken(b) == []
+    at, times = 0, []
+    while b.due < NEVER:
+        at = b.due
+        b.tick(at)
+        if frames := taken(b):
+            times.append(at)
+            assert [decode(one).missing for one in frames] == [(1,)]
+    assert times == [GAP_AGAIN * (2**n - 1) for n in range(1, 6)]
+    assert times[-1] > RESEND_AFTER
+
+
+def test_a_new_gap_is_reported_at_once() -> None:
+    """A second loss behind the first does not wait, and the report names both."""
+    a, b = pair()
+    for n in range(1, 7):
+        a.send("b", Ring(n), 0, 0)
+    frames = taken(a)
+    b.receive(frames[1], 0)
+    b.report_gaps(0)
+    assert [decode(one).missing for one in taken(b)] == [(1,)]
+    b.receive(frames[5], 0)
+    b.report_gaps(0)
+    assert [decode(one).missing for one in taken(b)] == [(1, 3, 4, 5)]
+
+
+def test_a_frame_comes_early_again_only_after_a_while() -> None:
+    """Reports that come twice, or late, or about what was acknowledged since, cost nothing."""
+    a, b = pair()
+    for n in range(1, 4):
+        a.send("b", Ring(n), 0, 0)
+    lossy(a, b, {2})
+    (report,) = taken(b)
+    for now, count in ((1, 1), (2, 0), (GAP_AGAIN, 0), (GAP_AGAIN + 1, 1), (GAP_AGAIN + 2, 0)):
+        a.receive(report, now)
+        again = taken(a)
+        assert len(again) == count
+    b.receive(again[0] if again else frame(sequence=2, body=Ring(2)), now)
+    words(b)
+    b.take()
+    b.tick(ACK_DELAY)
+    carry(b, a, now)
+    assert a.unacknowledged == 0
+    a.receive(report, 3 * GAP_AGAIN)
+    assert a.outbox == []
+
+
+def test_time_does_not_repeat_what_a_report_has_just_brought() -> None:
+    """The resend of all that is overdue leaves out what went early a moment ago."""
+    a, b = pair()
+    for n in range(1, 4):
+        a.send("b", Ring(n), 0, 0)
+    lossy(a, b, {2})
+    carry(b, a, RESEND_AFTER - 1)
+    assert sequences(taken(a)) == [2]
+    a.tick(RESEND_AFTER)
+    assert sequences(taken(a)) == [1, 3]
+
+
+def test_a_report_names_no_more_than_a_frame_may() -> None:
+    """Of many missing frames the first ones; the rest when these have come."""
+    a, b = pair()
+    for n in range(WINDOW):
+        a.send("b", Ring(n), 0, 0)
+    lossy(a, b, set(range(1, WINDOW)))
+    for _ in range(WINDOW // MAX_MISSING):
+        (report,) = taken(b)
+        a.receive(report, b.due)
+        again = taken(a)
+        assert len(again) <= MAX_MISSING
+        for one in again:
+            b.receive(one, b.due)
+        while b.due < NEVER and not b.outbox:
+            b.tick(b.due)
+    assert words(b) == list(range(WINDOW))
+
+
+def test_a_gap_report_acknowledges_only_what_was_taken() -> None:
+    """What the owner has in hand when a gap shows is acknowledged later, by time, as ever."""
+    a, b = pair()
+    for n in range(1, 4):
+        a.send("b", Ring(n), 0, 0)
+    frames = taken(a)
+    b.receive(frames[0], 0)
+    assert words(b) == [1]
+    b.receive(frames[2], 0)
+    b.report_gaps(0)
+    carry(b, a)
+    assert a.unacknowledged == 3
+    b.tick(ACK_DELAY)
+    carry(b, a)
+    assert a.unacknowledged == 2
+
+
+def test_a_changed_channel_is_tried_soon() -> None:
+    """After a silence that has stretched the intervals, `retry` brings the next resend, with all that is overdue."""
+    a, _ = pair()
+    for n in range(5):
+        a.send("b", Ring(n), 0, 0)
+    for _ in range(8):
+        a.tick(a.due)
+    now = a.due - RESEND_AT_MOST + RESEND_AFTER // 2
+    taken(a)
+    a.retry(now)
+    assert a.due == now + RESEND_AFTER // 2
+    a.tick(a.due)
+    assert sequences(taken(a)) == [1, 2, 3, 4, 5]
+
+
+def test_a_backlog_is_noticed_and_bounded() -> None:
+    """Notices at 4096 waiting messages and each doubling; at the limit an error, and the message has no number."""
+    a, _ = pair()
+    for n in range(WINDOW + BACKLOG_LIMIT):
+        a.send("b", Ring(n), 0, 0)
+    assert a.crowded == [("b", BACKLOG_NOTICE << n) for n in range(7)]
+    assert a.crowded[-1][1] == BACKLOG_LIMIT
+    with pytest.raises(BacklogError, match=r"262,144 messages wait on the link a\.1>b\.1"):
+        a.send("b", Ring(0), 0, 0)
+    assert a.total("sent") == WINDOW + BACKLOG_LIMIT
+    assert a.send("c", Ring(0), 0, 0) == "a.1>c.1:1"
+    assert len(a.member("b", 1, "dead")) == WINDOW + BACKLOG_LIMIT
+    a.send("b", Ring(0), 0, 0)
 
 
 def test_handing_over_is_not_acknowledging() -> None:
@@ -263,6 +433,8 @@ def test_a_lost_acknowledgement_is_repeated_when_its_message_comes_again() -> No
         (frame(sequence=WINDOW + 1), Refusal.INCONSISTENT),
         (frame(sequence=0), Refusal.INCONSISTENT),
         (frame(body=None), Refusal.INCONSISTENT),
+        (frame(missing=(1,)), Refusal.INCONSISTENT),
+        (frame(sequence=0, body=None, missing=(1,)), Refusal.INCONSISTENT),
     ],
 )
 def test_a_bad_frame_is_refused_whole(data: bytes, refusal: Refusal) -> None:
@@ -413,78 +585,3 @@ def test_a_misspelt_member_state_or_key_is_an_error() -> None:
         Peers(A, KEY).member("b", 1, "Dead")
     with pytest.raises(ValueError, match="the key has 3 bytes"):
         Peers(A, b"abc")
-
-
-class BadChannel(RuleBasedStateMachine):
-    """Two ends that talk both ways over a channel that drops, repeats, delays and reorders at will."""
-
-    @initialize()
-    def connect(self) -> None:
-        self.now = 0
-        self.ends = dict(zip("ab", pair(), strict=True))
-        self.sent: dict[str, list[int]] = {"a": [], "b": []}
-        self.heard: dict[str, list[int]] = {"a": [], "b": []}
-        self.wire: list[tuple[str, bytes]] = []
-
-    def put(self, name: str) -> None:
-        peers = self.ends[name]
-        self.wire += peers.outbox
-        peers.outbox.clear()
-
-    @rule(name=st.sampled_from("ab"), count=st.integers(1, ACK_EVERY + 10))
-    def send(self, name: str, count: int) -> None:
-        other = "b" if name == "a" else "a"
-        for _ in range(count):
-            number = len(self.sent[name])
-            self.ends[name].send(other, Ring(number), 0, self.now)
-            self.sent[name].append(number)
-        self.put(name)
-
-    @rule(data=st.data(), copies=st.integers(0, 2), count=st.integers(1, 40))
-    def deliver(self, data: st.DataObject, copies: int, count: int) -> None:
-        for _ in range(min(count, len(self.wire))):
-            target, one = self.wire.pop(data.draw(st.integers(0, min(9, len(self.wire) - 1))))
-            for _ in range(copies):
-                assert self.ends[target].receive(one, self.now) is None
-
-    @rule(name=st.sampled_from("ab"), limit=st.integers(1, 100))
-    def drain(self, name: str, limit: int) -> None:
-        self.ends[name].take()
-        self.heard[name] += words(self.ends[name], limit, self.now)
-        self.put(name)
-
-    @rule(name=st.sampled_from("ab"), passed=st.sampled_from([1, ACK_DELAY, RESEND_AFTER, RESEND_AT_MOST]))
-    def wait(self, name: str, passed: int) -> None:
-        self.now += passed
-        self.ends[name].tick(self.now)
-        self.put(name)
-
-    @invariant()
-    def in_order_and_once(self) -> None:
-        for name, other in ("ab", "ba"):
-            assert self.heard[name] == self.sent[other][: len(self.heard[name])]
-            acknowledged = len(self.sent[other]) - self.ends[other].unacknowledged
-            assert acknowledged <= len(self.heard[name])
-
-    def teardown(self) -> None:
-        """Over a channel that has become good, everything arrives and both ends come to rest."""
-        self.wire.clear()
-        for _ in range(400):
-            self.now += RESEND_AT_MOST
-            for name in "ab":
-                self.ends[name].tick(self.now)
-                self.put(name)
-                wire, self.wire = self.wire, []
-                for target, one in wire:
-                    self.ends[target].receive(one, self.now)
-                for end in "ab":
-                    self.drain(end, 10_000)
-        assert self.heard == {"a": self.sent["b"], "b": self.sent["a"]}
-        assert [end.unacknowledged for end in self.ends.values()] == [0, 0]
-        assert [end.due for end in self.ends.values()] == [NEVER, NEVER]
-
-
-BadChannel.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=30, derandomize=True, deadline=None, database=None
-)
-TestBadChannel = BadChannel.TestCase

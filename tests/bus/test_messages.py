@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bus.linkfaults import LinkRule
 from bus.messages import MAX_FRAME, Body, Envelope, Ipi, LockGrant, Member, Message, Seamcall, Start, decode, encode
 
 KEY = b"k" * 16
@@ -34,13 +35,15 @@ def sample(kind: type[Message]) -> Body:
 
 
 def _value(name: str, kind: Any, number: int) -> Any:
-    words = {"state": "dead", "what": "offline"}
+    words = {"state": "dead", "what": "offline", "command": "run"}
     if name in words and kind is not str and "pattern=" in repr(kind):
         return words[name]
     if name == "registers":
         return tuple(range(number, number + 13))
     if name == "pages":
         return (number << 12, 1 << 40)
+    if name == "rules":
+        return (LinkRule("cpu*", "seamldr", drop=0.5, delay_ns=1), LinkRule(partition="two-way"))
     if name == "facts":
         return {"requests": number}
     base = get_args(kind)[0] if hasattr(kind, "__metadata__") else kind
@@ -79,7 +82,7 @@ def raw(body: Any, **fields: Any) -> bytes:
 
 
 def _head(**fields: Any) -> list[Any]:
-    return list(msgspec.structs.astuple(envelope(**fields)))[:-1]
+    return list(msgspec.structs.astuple(envelope(**fields)))[:-2]
 
 
 REFUSED: dict[str, bytes] = {
@@ -114,13 +117,18 @@ REFUSED: dict[str, bytes] = {
     "twelve registers": raw(["seamret", 1, True, 0, [0] * 12]),
     "fourteen registers": raw(["seamret", 1, True, 0, [0] * 14]),
     "fact that is no number": raw(["progress", {"done": "many"}]),
+    "rule that is out of range": raw(["set_link_faults", [{"drop": 1.5}], 1]),
+    "rule that is none": raw(["set_link_faults", [{"dorp": 0.5}], 1]),
+    "too many rules": raw(["set_link_faults", [{}] * 257, 1]),
+    "missing what is no number": msgspec.msgpack.encode([*_head(), None, ["1"]]),
+    "too much missing": msgspec.msgpack.encode([*_head(), None, [1] * 129]),
     "short key": raw(["start"], key=b"k" * 15),
     "long key": raw(["start"], key=b"k" * 17),
     "key as text": raw(["start"], key="k" * 16),
     "source without a name": raw(["start"], source=""),
     "negative sequence": raw(["start"], sequence=-1),
     "clock as text": raw(["start"], clock="9"),
-    "field too many in the envelope": msgspec.msgpack.encode([*_head(), ["start"], 1]),
+    "field too many in the envelope": msgspec.msgpack.encode([*_head(), ["start"], [], 1]),
     "field missing in the envelope": msgspec.msgpack.encode(_head()[:-1]),
 }
 
@@ -137,6 +145,8 @@ def test_the_examples_of_refusal_are_refused_for_their_own_reason() -> None:
     for body in (["start"], ["ring", 5], ["ipi", 255, False], ["move_task", 1, 4095], ["run_task", (1 << 32) - 1]):
         assert decode(raw(body)).body is not None
     assert decode(raw(["seamret", 1, True, 0, [0] * 13])).body is not None
+    assert decode(raw(["set_link_faults", [{"drop": 1.0}] * 256, 1])).body is not None
+    assert decode(msgspec.msgpack.encode([*_head(), None, [1] * 128])).missing == (1,) * 128
     assert decode(raw(["lock_release", "x" * 64, 1, 1])).body is not None
     assert decode(raw(["task_ended", 1, "x" * 4096])).body is not None
 

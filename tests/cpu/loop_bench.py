@@ -69,10 +69,15 @@ class BareArbiter:
 
 
 class LoopBench:
-    """`cpus` CPUs, all in the online mask. `functions` can be called across CPUs; `log` is what `see` noted."""
+    """`cpus` CPUs, all in the online mask. `functions` can be called across CPUs; `log` is what `see` noted; `reads`
+    is done by every handler besides.
+    """
 
-    def __init__(self, cpus: int = 1, functions: Mapping[str, CpuFunction] | None = None) -> None:
+    def __init__(
+        self, cpus: int = 1, functions: Mapping[str, CpuFunction] | None = None, reads: CpuFunction | None = None
+    ) -> None:
         self.log: list[Seen] = []
+        self.reads = reads
         kernel = Kernel(
             interrupts={
                 DEVICE: self._handler("device"),
@@ -97,6 +102,8 @@ class LoopBench:
     def _handler(self, name: str) -> CpuFunction:
         async def handler(cpu: Cpu) -> None:
             self.see(cpu, name)
+            if self.reads is not None:
+                await self.reads(cpu)
             for _ in range(self.handler_steps):
                 await cpu.give_way()
             self.see(cpu, f"{name} end")

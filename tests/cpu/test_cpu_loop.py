@@ -479,6 +479,50 @@ def test_more_sleepers_than_watch_slots() -> None:
     assert [thread.result for thread in many] == [2] * 10
 
 
+async def _reads_much(cpu: Cpu) -> None:
+    for _ in range(9):
+        await cpu.load(OTHER)
+
+
+@pytest.mark.parametrize("spins", [False, True], ids=["sleeps", "spins"])
+@pytest.mark.parametrize("by", ["interrupt", "thread"])
+def test_who_is_interrupted_between_the_look_and_the_wait_waits_for_what_it_read(by: str, spins: bool) -> None:
+    """An interrupt handler or another thread reads other words in between; the store of the own word still wakes."""
+    bench = LoopBench(cpus=2, reads=_reads_much)
+
+    async def waits(cpu: Cpu) -> int:
+        while not (value := await cpu.load(WORD)):
+            await (cpu.cpu_relax() if spins else cpu.schedule())
+        return value
+
+    thread = bench.start(waits, priority=Priority.VCPU)
+    bench.step()
+    if by == "interrupt":
+        bench.cpu().apic.accept(DEVICE)
+    else:
+        bench.start(_reads_much)
+    bench.machine.run()
+    assert thread.result is None and 0 in bench.machine.asleep
+    bench.run(lambda cpu: cpu.store(WORD, 7), number=1)
+    assert thread.result == 7
+
+
+def test_a_sleeper_may_watch_several_words() -> None:
+    """schedule(2) ends when either of the two words that were read last changes."""
+    for word in (WORD, OTHER):
+        bench = LoopBench(cpus=2)
+
+        async def waits(cpu: Cpu) -> bool:
+            while not await cpu.load(WORD) and not await cpu.load(OTHER):
+                await cpu.schedule(2)
+            return True
+
+        thread = bench.start(waits)
+        bench.machine.run()
+        bench.run(lambda cpu, word=word: cpu.store(word, 1), number=1)
+        assert thread.result
+
+
 def test_sleeping_while_atomic_is_a_warning() -> None:
     """schedule() with preemption or interrupts off is the kernel's own BUG message."""
     for disable in (Cpu.preempt_disable, Cpu.local_irq_disable):

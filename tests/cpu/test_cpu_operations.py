@@ -131,6 +131,27 @@ def test_a_lock_free_list_says_who_was_first() -> None:
     assert [bench.memory.load(at)[0] for at in (head, second, first)] == [second, first, 0]
 
 
+def test_a_list_that_dies_with_its_cpu_takes_nothing_more() -> None:
+    """llist_add pushes nothing while the word that it is told to look at is set."""
+    bench = LoopBench()
+    node, head, dead = CallSingleData(per_cpu(0).csd).next, per_cpu(0).call_single_queue, per_cpu(0).dead
+    bench.memory.store(dead, 1, 0)
+    assert run(lambda cpu: cpu.llist_add(node, head, unless=dead), bench=bench) == [None]
+    assert bench.memory.load(head)[0] == 0
+    bench.memory.store(dead, 0, 0)
+    assert run(lambda cpu: cpu.llist_add(node, head, unless=dead), bench=bench) == [True]
+
+
+def test_compare_and_exchange() -> None:
+    """cmpxchg stores only over what it expects, and says what it found."""
+    bench = LoopBench()
+    answers = run(
+        lambda cpu: cpu.cmpxchg(WORD, 0, 5), lambda cpu: cpu.cmpxchg(WORD, 0, 6), lambda cpu: cpu.cmpxchg(WORD, 5, 7),
+        bench=bench,
+    )  # fmt: skip
+    assert answers == [0, 5, 5] and bench.memory.load(WORD)[0] == 7
+
+
 def test_pages_are_copied_whole() -> None:
     """write_phys, read_phys and clear_page move bytes."""
     data = bytes(range(256)) * 16

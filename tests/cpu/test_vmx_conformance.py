@@ -3,7 +3,7 @@
 A row is written in a small notation, one operation a line: `name arguments [:modifier ...] [@cpu] -> result`. Results:
 OK, a value, VFI (VMfailInvalid), VF(n), #UD, #GP, #PF, exit(reason), none (the processor does not answer), posted.
 X and X1 are the VMXON regions of CPU 0 and 1, A and B VMCS regions, P is a page without a revision identifier, M is
-bit MAXPHYADDR.
+bit MAXPHYADDR, TIMER the RIP at which the guest `preempt_zero` begins.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from bus.memory import PhysicalMemory
-from cpu.vmx import LaunchState, Status, VmxConfig, VmxUnit, run_script
+from cpu.vmx import Field, LaunchState, Status, VmxConfig, VmxMode, VmxUnit, run_script
 from cpu.vmx.config import DEFAULT_CAPS
-from cpu.vmx.guests import named_fields
+from cpu.vmx.guests import GUESTS, ROM, host_fields, named_fields
 
 REVISION = 0x13
 SYMBOLS = {"X": 0x1000, "X1": 0x2000, "A": 0x3000, "B": 0x4000, "P": 0x5000, "M": 1 << 52, "REV": REVISION}
+SYMBOLS["TIMER"] = ROM + 0x1000 * list(GUESTS).index("preempt_zero")
 ARGUMENTS = {
     "cr0": ("clear",),
     "cr4": ("clear",),
@@ -108,7 +109,10 @@ ROWS: dict[str, tuple[str, str]] = {
     "31": (CUR_A + "mem_write32 B 0x12 -> OK\n", "vmptrld B -> VF(11)\nvmread 0x4400 -> 11\nvmptrst -> A"),
     "32": (CUR_A + "mem_write32 B 0x80000013 -> OK\n", "vmptrld B -> VF(11)"),
     "33": (CUR_A + "mem_write32 B 0x80000013 -> OK\n", "vmptrld B -> OK\nvmptrst -> B"),
-    "34": (VALID_A + "mem_write32 A 0x80000013 -> OK\n", "vmlaunch -> VFI\nvmresume -> VFI"),
+    "34": (
+        VALID_A + "vmclear A -> OK\nmem_write32 A 0x80000013 -> OK\nvmptrld A -> OK\n",
+        "vmlaunch -> VFI\nvmresume -> VFI\nvmlaunch :movss -> VFI\nvmread 0x4400 -> 0\nvmptrst -> A",
+    ),
     "35": (CUR_A + "mem_write32 B 0x80000013 -> OK\nvmptrld B -> OK\n", "vmwrite 0x681e 7 -> OK\nvmread 0x681e -> 7"),
     "36": (CUR_A, "vmptrld A -> OK\nvmptrst -> A"),
     "37": (CUR_A, "vmptrld B -> OK\nvmptrst -> B"),
@@ -118,9 +122,9 @@ ROWS: dict[str, tuple[str, str]] = {
     "41": (CUR_A + "vmptrld B -> OK\nvmptrld A -> OK\n", "vmclear B -> OK\nvmptrst -> A"),
     "42": (CUR_A, "vmclear P -> OK\nvmptrst -> A"),
     "43": (CUR_A, "vmread 0x7ffe -> VF(12)\nvmread 0x4400 -> 12"),
-    "44": (CUR_A, "vmread 0x10000681e -> VF(12)"),
-    "45": (CUR_A, "vmread 0x4401 -> VF(12)"),
-    "46": (CUR_A, "vmwrite 0x4402 1 -> VF(13)"),
+    "44": (CUR_A, "vmread 0x10000681e -> VF(12)\nvmwrite 0x10000681e 1 -> VF(12)\nvmread 0x681e -> 0"),
+    "45": (CUR_A, "vmread 0x4401 -> VF(12)\nvmwrite 0x4003 1 -> VF(12)\nvmread 0x681f -> VF(12)"),
+    "46": (CUR_A, "vmwrite 0x4402 1 -> VF(13)\nvmread 0x4402 -> 0\nvmread 0x4400 -> 13"),
     "47": (CUR_A, "vmwrite 0x4402 1 -> OK\nvmread 0x4402 -> 1"),
     "48": (CUR_A, "vmwrite 0x800 0x12345 -> OK\nvmread 0x800 -> 0x2345"),
     "49": (
@@ -146,11 +150,11 @@ ROWS: dict[str, tuple[str, str]] = {
         CUR_A + "vmwrite 0x681e 0x1234 -> OK\n",
         "vmclear A -> OK\nvmptrld A -> OK\nvmread 0x681e -> 0x1234",
     ),
-    "63": (CUR_A, "vmcall -> VF(1)"),
+    "63": (CUR_A, "vmcall -> VF(1)\nvmread 0x4400 -> 1\nvmptrst -> A"),
     "64": (ROOT, "vmcall -> VFI"),
     "65": (CUR_A, "vmxoff -> OK\nvmxon X -> OK\nvmptrst -> ~0"),
-    "66": (ROOT, "cr4 0x2000 -> #GP"),
-    "67": (ROOT, "cr0 0x20 -> #GP"),
+    "66": (ROOT, "cr4 0x2000 -> #GP\nvmptrst -> ~0\nvmxoff -> OK\ncr4 0x2000 -> OK"),
+    "67": (ROOT, "cr0 0x20 -> #GP\nvmxoff -> OK\ncr0 0x20 -> OK\nvmxon X -> #GP"),
     "68": (
         LAUNCHED_A + "vmclear A -> OK\n" + ROOT_1,
         "vmptrld A @1 -> OK\nvmresume @1 -> VF(5)\nvmlaunch @1 -> exit(0x12)",
@@ -158,7 +162,10 @@ ROWS: dict[str, tuple[str, str]] = {
     "69": (CUR_A + ROOT_1 + "vmptrld B @1 -> OK\n", "vmptrst @1 -> B\nvmptrst -> A"),
     "70": (BOTH_ROOT, "vmptrld X1 -> OK\nvmptrst -> X1"),
     "71": (BOTH_ROOT, "ipi 1 init 0 -> OK\nping @1 -> 1\nvmptrst @1 -> ~0"),
-    "72": (BOTH_ROOT + "ipi 1 init 0 -> OK\n", "vmxoff @1 -> none\nping @1 -> none"),
+    "72": (
+        BOTH_ROOT + "ipi 1 init 0 -> OK\n",
+        "vmxoff @1 -> none\nping @1 -> none\nipi 1 sipi 0x12 -> OK\nping @1 -> 1",
+    ),
     "73": (
         CUR_A_1 + "setup_guest vmcall @1 -> OK\nipi 1 init 0 -> OK\n",
         "vmlaunch @1 -> exit(3)\nvmlaunch @1 -> VF(4)\nvmresume @1 -> exit(0x12)",
@@ -168,14 +175,20 @@ ROWS: dict[str, tuple[str, str]] = {
         "ipi 1 init 0 -> OK\njoin @1 -> exit(3)\nvmptrst @1 -> A\nvmxoff @1 -> OK\nping @1 -> 1",
     ),
     "75": (guest_in_cpu1("wait_sipi"), "ipi 1 sipi 0x12 -> OK\njoin @1 -> exit(4)\nvmread 0x6400 @1 -> 0x12"),
-    "76": (guest_in_cpu1("spin"), "ipi 1 sipi 0x12 -> OK\njoin @1 -> none\nping @1 -> none"),
+    "76": (guest_in_cpu1("spin"), "ipi 1 sipi 0x12 -> OK\njoin @1 -> none\nipi 1 init 0 -> OK\njoin @1 -> exit(3)"),
     "77": (
         REGIONS + ENABLED_1 + "ipi 1 init 0 -> OK\nping @1 -> none\n",
         "ipi 1 sipi 0x12 -> OK\nping @1 -> 1\nvmxon X1 @1 -> #UD\nrdmsr 0x3a @1 -> 5",
     ),
     "78": (guest_in_cpu1("spin_nmi"), "ipi 1 nmi 0 -> OK\njoin @1 -> exit(0)\nvmread 0x4404 @1 -> 0x80000202"),
-    "79": (guest_in_cpu1("spin_extint"), "ipi 1 fixed 0x50 -> OK\njoin @1 -> exit(1)\nirq_count @1 -> 1"),
-    "80": (CUR_A + "setup_guest preempt_zero -> OK\n", "vmlaunch -> exit(0x34)\nvmread 0x440c -> 0"),
+    "79": (
+        guest_in_cpu1("spin_extint"),
+        "ipi 1 fixed 0x50 -> OK\njoin @1 -> exit(1)\nvmread 0x6820 @1 -> 2\nirq_count @1 -> 1",
+    ),
+    "80": (
+        CUR_A + "setup_guest preempt_zero -> OK\nvmread 0x681e -> TIMER\n",
+        "vmlaunch -> exit(0x34)\nvmread 0x440c -> 0\nvmread 0x6400 -> 0\nvmread 0x681e -> TIMER",
+    ),
     "81": (
         CUR_A,
         "setup_guest vmxon -> OK\nvmlaunch -> exit(27)\nsetup_guest vmptrld -> OK\nvmresume -> exit(21)\n"
@@ -239,6 +252,7 @@ def check(text: str, caps: dict[str, int] | None = None) -> None:
     assert wrong == []
 
 
+@pytest.mark.conformance("VMX instructions")
 @pytest.mark.parametrize("row", [pytest.param(row, id=f"row-{row}") for row in ROWS])
 def test_conformance_row(row: str) -> None:
     """The instruction or event does in this state what the architecture says."""
@@ -270,8 +284,8 @@ def pseamldr_call(unit: VmxUnit) -> int:
     return unit.seamret_pseamldr("clear", "current_only")
 
 
-@pytest.mark.parametrize("_row", [pytest.param(0, id="row-84")])
-def test_pseamldr_call_loses_the_current_vmcs(_row: int) -> None:
+@pytest.mark.conformance("VMX instructions", 84)
+def test_pseamldr_call_loses_the_current_vmcs() -> None:
     """With IA32_VMX_BASIC[60] = 0 there is no current VMCS after SEAMRET from the P-SEAMLDR."""
     unit = launched(bit60=False)
     assert pseamldr_call(unit) == SYMBOLS["A"]
@@ -279,8 +293,8 @@ def test_pseamldr_call_loses_the_current_vmcs(_row: int) -> None:
     assert unit.vmread(0x681E).status is Status.FAIL_INVALID
 
 
-@pytest.mark.parametrize("_row", [pytest.param(0, id="row-85")])
-def test_lost_vmcs_is_clear(_row: int) -> None:
+@pytest.mark.conformance("VMX instructions", 85)
+def test_lost_vmcs_is_clear() -> None:
     """Reloading the lost VMCS is not enough for VMRESUME: its launch state is clear."""
     unit = launched(bit60=False)
     pseamldr_call(unit)
@@ -289,8 +303,8 @@ def test_lost_vmcs_is_clear(_row: int) -> None:
     assert unit.vmlaunch().ok
 
 
-@pytest.mark.parametrize("_row", [pytest.param(0, id="row-86")])
-def test_bit60_keeps_the_vmcs(_row: int) -> None:
+@pytest.mark.conformance("VMX instructions", 86)
+def test_bit60_keeps_the_vmcs() -> None:
     """With IA32_VMX_BASIC[60] = 1 a P-SEAMLDR call leaves pointer and launch state alone."""
     unit = launched(bit60=True)
     assert pseamldr_call(unit) == number("~0")
@@ -298,7 +312,8 @@ def test_bit60_keeps_the_vmcs(_row: int) -> None:
     assert unit.vmresume().ok
 
 
-@pytest.mark.parametrize("bit60", [pytest.param(False, id="row-87-bit60-0"), pytest.param(True, id="row-87-bit60-1")])
+@pytest.mark.conformance("VMX instructions", 87)
+@pytest.mark.parametrize("bit60", [False, True])
 def test_tdx_module_call_keeps_the_vmcs(bit60: bool) -> None:
     """A TDX-module call, which ends without the P-SEAMLDR's SEAMRET, changes nothing for the caller."""
     unit = launched(bit60)
@@ -307,14 +322,27 @@ def test_tdx_module_call_keeps_the_vmcs(bit60: bool) -> None:
     assert unit.vmresume().ok
 
 
-@pytest.mark.parametrize("_row", [pytest.param(0, id="row-88")])
-def test_seamcall_that_fails_invalid_changes_nothing(_row: int) -> None:
+@pytest.mark.conformance("VMX instructions", 88)
+def test_seamcall_that_fails_invalid_changes_nothing() -> None:
     """A SEAMCALL that never entered SEAM leaves the current VMCS current and launched."""
     unit = launched(bit60=False)
     assert unit.seamcall_check(1 << 63) is None
     assert unit.vmread(0x681E).ok
     assert unit.vmptrst().value == SYMBOLS["A"]
     assert unit.current is not None and unit.current.launch is LaunchState.LAUNCHED
+
+
+@pytest.mark.conformance("VMX instructions", 58)
+def test_a_guest_that_cannot_be_entered() -> None:
+    """A VM-entry failure continues at the host's RIP, in root operation; the VMCS is still clear."""
+    unit = launched(bit60=False)
+    assert unit.vmclear(SYMBOLS["A"]).ok and unit.vmptrld(SYMBOLS["A"]).ok
+    unit.rip = 0
+    assert unit.vmwrite(Field.GUEST_RFLAGS, 0).ok
+    outcome = unit.vmlaunch()
+    assert outcome.exit is not None and outcome.exit.reason == 0x8000_0021
+    assert (unit.rip, unit.mode) == (host_fields(unit)[Field.HOST_RIP], VmxMode.ROOT)
+    assert unit.current is not None and unit.current.launch is LaunchState.CLEAR
 
 
 def test_every_row_has_a_test() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from vmcs_rows import ROWS, Row
 
 from bus.memory import PhysicalMemory
 from cpu.vmx import FIELD_TABLE, CodeMode, Field, FieldType, VmxConfig, VmxUnit, Width
@@ -11,53 +12,8 @@ from cpu.vmx.vmcs import DATA_OFFSET, SLOT
 X, A = 0x1000, 0x2000
 ALL_ONES = 0xFFFF_FFFF_FFFF_FFFF
 
-# From arch/x86/include/asm/vmx.h, independent of the enum: high-half and full encodings that Linux uses.
-LINUX = {
-    0x0000: "VIRTUAL_PROCESSOR_ID",
-    0x0002: "POSTED_INTR_NOTIFICATION_VECTOR",
-    0x0800: "GUEST_ES_SELECTOR",
-    0x080E: "GUEST_TR_SELECTOR",
-    0x0810: "GUEST_INTERRUPT_STATUS",
-    0x0812: "PML_INDEX",
-    0x0C02: "HOST_CS_SELECTOR",
-    0x0C0C: "HOST_TR_SELECTOR",
-    0x2000: "IO_BITMAP_A_ADDR",
-    0x2004: "MSR_BITMAP_ADDR",
-    0x2010: "TSC_OFFSET",
-    0x201A: "EPT_POINTER",
-    0x2034: "TERTIARY_PROC_CONTROLS",
-    0x2042: "PID_POINTER_TABLE_ADDR",
-    0x2400: "GUEST_PHYSICAL_ADDRESS",
-    0x2800: "VMCS_LINK_POINTER",
-    0x2806: "GUEST_IA32_EFER",
-    0x2C02: "HOST_IA32_EFER",
-    0x4000: "PIN_BASED_CONTROLS",
-    0x4002: "PRIMARY_PROC_CONTROLS",
-    0x400C: "PRIMARY_VMEXIT_CONTROLS",
-    0x4012: "VMENTRY_CONTROLS",
-    0x4016: "VMENTRY_INTR_INFO",
-    0x401E: "SECONDARY_PROC_CONTROLS",
-    0x4400: "VM_INSTRUCTION_ERROR",
-    0x4402: "EXIT_REASON",
-    0x4404: "EXIT_INTR_INFO",
-    0x4408: "IDT_VECTORING_INFO",
-    0x440C: "EXIT_INSTRUCTION_LENGTH",
-    0x4818: "GUEST_SS_ACCESS_RIGHTS",
-    0x4824: "GUEST_INTERRUPTIBILITY_STATE",
-    0x4826: "GUEST_ACTIVITY_STATE",
-    0x482E: "VMX_PREEMPTION_TIMER_VALUE",
-    0x4C00: "HOST_IA32_SYSENTER_CS",
-    0x6000: "CR0_GUEST_HOST_MASK",
-    0x6400: "EXIT_QUALIFICATION",
-    0x640A: "GUEST_LINEAR_ADDRESS",
-    0x6800: "GUEST_CR0",
-    0x681C: "GUEST_RSP",
-    0x681E: "GUEST_RIP",
-    0x6820: "GUEST_RFLAGS",
-    0x6C00: "HOST_CR0",
-    0x6C14: "HOST_RSP",
-    0x6C16: "HOST_RIP",
-}
+VMWRITE_ANY = 1 << 29
+"""Bit of IA32_VMX_MISC."""
 
 
 def unit_in_root(config: VmxConfig | None = None) -> VmxUnit:
@@ -71,9 +27,9 @@ def unit_in_root(config: VmxConfig | None = None) -> VmxUnit:
     return unit
 
 
-def test_encodings_are_those_of_linux() -> None:
-    """Field names and encodings agree with what a Linux kernel compiles in."""
-    assert {encoding: Field(encoding).name for encoding in LINUX} == LINUX
+def test_no_field_is_missing_or_too_many() -> None:
+    """The unit has exactly the fields of the architecture, in the order of their encodings."""
+    assert [row.encoding for row in ROWS] == sorted(map(int, Field))
 
 
 def test_table_follows_from_the_encoding() -> None:
@@ -97,19 +53,31 @@ def test_vmread_accepts_exactly_the_architectural_encodings() -> None:
     assert {unit.vmread(encoding).error for encoding in range(1 << 15) if encoding not in named} == {12}
 
 
-@pytest.mark.parametrize("field", list(Field), ids=lambda field: field.name)
-def test_field_keeps_what_fits(field: Field) -> None:
-    """VMWRITE stores as many bits as the field has, and no other field changes."""
+@pytest.mark.conformance("VMCS fields")
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"row-{row.name}")
+def test_field(row: Row) -> None:
+    """Name, feature, width, high half and read-only rule are the row's; a processor without it gives error 12."""
+    field = row.encoding
+    assert (Field(field).name, FIELD_TABLE[Field(field)].feature) == (row.name, row.feature)
     unit = unit_in_root()
-    info = FIELD_TABLE[field]
     assert unit.vmwrite(field, ALL_ONES).ok
-    assert unit.vmread(field).value == (1 << info.bits) - 1
+    assert unit.vmread(field).value == (1 << row.bits) - 1
     assert [other for other in Field if other != field and unit.vmread(other).value] == []
+    if row.has_high_half:
+        assert unit.vmwrite(field | 1, 0x5_0000_0007).ok
+        assert (unit.vmread(field).value, unit.vmread(field | 1).value) == (0x7_FFFF_FFFF, 7)
+    else:
+        assert (unit.vmwrite(field | 1, 1).error, unit.vmread(field | 1).error) == (12, 12)
+    plain = VmxConfig()
+    locked = unit_in_root(plain.with_caps({0x485: plain.misc & ~VMWRITE_ANY}))
+    assert locked.vmwrite(field, 1).error == (13 if row.read_only else 0)
+    without = unit_in_root(VmxConfig(supported_fields=frozenset(set(map(int, Field)) - {field})))
+    assert (without.vmread(field).error, without.vmwrite(field, 1).error) == (12, 12)
 
 
 def test_read_only_fields_refuse_vmwrite_where_misc_bit_29_is_clear() -> None:
     """Exit information gives error 13, an encoding that does not exist error 12 all the same."""
-    unit = unit_in_root(VmxConfig().with_caps({0x485: VmxConfig().misc & ~(1 << 29)}))
+    unit = unit_in_root(VmxConfig().with_caps({0x485: VmxConfig().misc & ~VMWRITE_ANY}))
     for field, info in FIELD_TABLE.items():
         assert unit.vmwrite(field, 1).error == (13 if info.read_only else 0)
     assert unit.vmwrite(0x2401, 1).error == 13

@@ -14,6 +14,7 @@ from kvm.vmx import VmxVcpu
 from seamldr.image import build_v2
 from seamldr.update import seamldr_install_module, seamldr_version_show
 
+pytestmark = pytest.mark.conformance("Golden sequences")
 LAUNCH = pytest.mark.parametrize("launch", ["preserve", "clear"])
 INFO_PAGE = BUFFERS + 0x10_0000
 

@@ -1,180 +1,127 @@
-"""Hazards of the update and of CPU hotplug, each shown by its observable on stepped machines: H14 to H20, H27, H31."""
+"""Hazards of the update and of CPU hotplug: exactly what is seen of them, and KVM's own coming and going."""
 
 from __future__ import annotations
 
-import itertools
-from random import Random
-
 import pytest
-from hazards import IMAGE_AT, failed, initialized, install, load_only, load_run_put, step_until, violated, warnings
-from stepping import Stepped, module
+from hazards import install, load_run_put, played, step_until, violated, warnings
+from stepping import Stepped
 
-from bus.memory import PAGE_SIZE
-from cpu.cpu import Cpu
-from cpu.layout import TDMR, TDMR_SIZE, UPDATE_CTRL, per_cpu
+from cpu.layout import KERNEL, per_cpu
 from cpu.struct import NONE
 from cpu.vmx import VmxMode
-from kvm import hotplug
+from kvm.hazard import failed
+from kvm.hazards_update import STAGES
 from kvm.hotplug import add_cpu, kvm_exit, kvm_init, remove_cpu
-from seamldr.image import build_v1, build_v2
-from seamldr.seam import SCRATCH
-from seamldr.tdx_boot import create_td
 from seamldr.update import ModuleUpdateState
 
-STAGES = [s for s in ModuleUpdateState if ModuleUpdateState.START < s < ModuleUpdateState.DONE]
+
+def test_h14_enxio_is_harmless_after_the_sweep_alone() -> None:
+    """H14: without the sweep the clear IPI fails and the VMCS is lost; with it there is none to send, or no harm."""
+    lost = played("H14", "no sweep")
+    assert lost.seen["VMCSs lost by VMXOFF"] == [1]
+    assert lost.seen["clear IPIs return"] == [-6]
+    assert lost.seen["entries that fail"] == ["vmentry valid:6"]
+    assert "I7" in violated(lost.machine)
+    assert played("H14", "swept").seen == {
+        "VMCSs lost by VMXOFF": [0],
+        "clear IPIs return": [],
+        "entries that fail": [],
+        "broken": [],
+    }
+    assert played("H14", "swept, while the vCPU is destroyed").seen == {
+        "clear IPIs return": [-6],
+        "broken": [],
+        "kernel log": [],
+    }
 
 
-def test_h14_a_vcpu_whose_last_cpu_went_offline() -> None:
-    """H14: the offline callback has cleared its VMCS, so it loads elsewhere without an IPI and with its data."""
+def test_h14_a_cpu_that_comes_back_takes_the_vcpu_again() -> None:
+    """H14: offline and online again, a CPU runs a vCPU as before."""
     machine = Stepped("none", cpus=2)
     x = machine.new_vcpu(0, 1)
     machine.run(load_run_put(x), 1)
     assert machine.run(lambda cpu: remove_cpu(cpu, 1)) == 0
-    assert [r["active"] for r in machine.events("vmxoff")] == [0]
-    assert machine.cpu(1).vmx.mode is VmxMode.OUTSIDE
     assert machine.run(load_run_put(x))
-    assert machine.count("csd_lock") == 0
-    assert violated(machine) == set()
     assert machine.run(lambda cpu: add_cpu(cpu, 1)) == 0
     assert machine.run(load_run_put(x), 1)
-    assert violated(machine) == set()
+    assert violated(machine) == []
 
 
-def test_h14_without_the_sweep_the_vcpu_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """H14: VMXOFF with an active VMCS loses it; the clear IPI to the CPU that is gone returns -ENXIO."""
-
-    async def no_sweep(cpu: Cpu) -> None:
-        await cpu.give_way()
-
-    monkeypatch.setattr(hotplug, "vmclear_local_loaded_vmcss", no_sweep)
-    machine = Stepped("none", cpus=2)
-    x = machine.new_vcpu(0, 1)
-    machine.run(load_run_put(x), 1)
-    assert machine.run(lambda cpu: remove_cpu(cpu, 1)) == 0
-    assert [r["active"] for r in machine.events("vmxoff")] == [1]
-    machine.run(load_run_put(x))
-    assert machine.count("csd_lock") == 0
-    assert machine.memory.load(x.state.loaded_vmcs.cpu)[0] == 0
-    assert failed(machine, "vmentry", "vmptrld") or machine.count("wrong_data")
+def test_h14b_the_walk_never_ends() -> None:
+    """H14b: with interrupts on the sweep walks the other CPU's list for ever."""
+    seen = played("H14b", "interrupts on").seen
+    assert (seen["it comes to an end"], seen["VMCSs lost by VMXOFF"]) == (False, [])
 
 
-def sweep_against_clear_ipi(irqs: str, seed: int) -> bool:
-    """CPU 1 goes offline with two VMCSs while CPU 2 loads one of them; whether everything ends well."""
-    rng = Random(seed)
-    machine = Stepped("none", cpus=3, offline_irqs=irqs)
-    vcpus = [machine.new_vcpu(task, 1) for task in range(3)]
-    for vcpu in vcpus:
-        machine.run(load_run_put(vcpu), 1)
-    loader = machine.start(load_only(vcpus[rng.randrange(3)]), 2, "vcpu")
-    for _ in range(rng.randrange(40)):
-        machine.machine.step(2)
-    machine.start(lambda cpu: remove_cpu(cpu, 1), 0)
-    try:
-        machine.machine.run(rng.choice, limit=5000)
-    except RuntimeError:
-        return False
-    assert loader.result is None
-    return [r["active"] for r in machine.events("vmxoff")] == [0] and violated(machine) == set()
+def test_h15_the_kernel_says_why() -> None:
+    """H15: -EBUSY with one line; otherwise the CPU goes without a word."""
+    seen = played("H15", "alone in its package, a TD").seen
+    assert seen["errno"] == -16
+    assert str(seen["kernel log"]).startswith("['virt/tdx: TDX requires all packages to have an online CPU.")
+    assert played("H15", "two in the package, a TD").seen == {"errno": 0, "kernel log": []}
 
 
-def test_h14b_a_clear_ipi_in_the_middle_of_the_sweep() -> None:
-    """H14b: with interrupts on the IPI can unlink the element that the walk saved as next; off, it waits."""
-    outcomes = {irqs: [sweep_against_clear_ipi(irqs, seed) for seed in range(40)] for irqs in ("on", "off")}
-    assert all(outcomes["off"])
-    assert not all(outcomes["on"])
+@pytest.mark.parametrize(
+    ("hazard", "errno", "failed_in", "refused"),
+    [
+        ("H16", -19, ["CPU_INIT on cpu0: -19"], -16),
+        ("H17", -5, ["CPU_INSTALL on cpu1: -5"], -28),
+    ],
+)
+def test_h16_h17_fatal_as_merged_harmless_in_version_3(
+    hazard: str, errno: int, failed_in: list[str], refused: int
+) -> None:
+    """H16, H17: the merged kernel finds out when the old module is shut down; version 3 asked before."""
+    fatal = {"the update": errno, "failed in": failed_in, "TDX is initialized": False}
+    assert played(hazard, "as merged").seen == fatal
+    assert played(hazard, "version 3").seen == {"the update": refused, "failed in": [], "TDX is initialized": True}
 
 
-@pytest.mark.parametrize(("tds", "other", "errno"), [(1, 1, -16), (1, 0, 0), (0, 1, 0)])
-def test_h15_the_last_cpu_of_a_package(tds: int, other: int, errno: int) -> None:
-    """H15: with a key id in use the last CPU of a package stays online, and the kernel says so."""
-    machine = Stepped("none", cpus=2, tds=tds)
-    machine.memory.store(per_cpu(1).package, other, 0)
-    assert machine.run(lambda cpu: remove_cpu(cpu, 1)) == errno
-    assert machine.memory.load(per_cpu(1).online)[0] == (errno != 0)
-    assert [r["text"][:50] for r in machine.events("log")] == (
-        ["virt/tdx: TDX requires all packages to have an onl"] if errno else []
-    )
+def test_h18_the_module_refuses_if_asked() -> None:
+    """H18: a module that knows the flag refuses harmlessly, whether it was asked always or only since it knows it."""
+    for label in ("version 3", "version 10"):
+        assert played("H18", label).seen == {"the update": -16, "TDX is initialized": True}
 
 
-def test_h16_an_update_with_a_cpu_offline_is_fatal() -> None:
-    """H16: P-SEAMLDR waits for the LP that does not come; CPU_INIT finds no module: -ENODEV, and TDX is lost."""
-    machine = Stepped("none", cpus=2)
-    assert machine.run(lambda cpu: remove_cpu(cpu, 1)) == 0
-    assert machine.run(install(machine)) == -19
-    assert [r["state"] for r in machine.events("ack") if r["ret"]] == ["CPU_INIT"]
-    assert initialized(machine) == 0
-
-
-def test_h17_no_update_left_is_fatal_at_install() -> None:
-    """H17: the kernel does not look at the number left, so the module is already shut down when INSTALL refuses."""
-    machine = Stepped("none", cpus=2, seamdb_size=2)
-    assert machine.run(install(machine)) == 0
-    assert machine.run(install(machine, build_v2(module("1.5.10")))) == -5
-    assert {r["state"] for r in machine.events("ack") if r["ret"]} == {"CPU_INSTALL"}
-    assert initialized(machine) == 0
-
-
-@pytest.mark.parametrize(("knob", "errno"), [("off", 0), ("if_supported", -16), ("always", -16)])
-def test_h18_a_trust_domain_is_being_built(knob: str, errno: int) -> None:
-    """H18: the merged kernel updates under a TD build; with bit 16 of SHUTDOWN the module refuses, harmlessly."""
-    machine = Stepped("none", avoid_compat_sensitive=knob, module_profile="B")
-    assert machine.seam.module is not None
-    pages = iter(range(TDMR, TDMR + TDMR_SIZE, PAGE_SIZE))
-    first = machine.seam.module.platform.first_private_hkid
-    create_td(machine.seam.module, hkid=first + 1, pages=pages, scratch_pa=SCRATCH, max_vcpus=1)
-    machine.seam.keep()
-    assert machine.run(install(machine, build_v2(module("1.5.09", "B")))) == errno
-    assert initialized(machine) == 1
-
-
-def test_h19_install_fails_and_the_module_is_gone() -> None:
-    """H19: a module page that does not have its hash fails INSTALL on the last CPU, whoever installed before."""
-    machine = Stepped("none", cpus=3)
-    body = install(machine)
-    machine.memory.write(IMAGE_AT + 3 * PAGE_SIZE, b"\x55" * 64)
-    assert machine.run(body) == -5
-    installs = [r["status"] for r in machine.events("seamcall_return") if r["name"] == "SEAMLDR.INSTALL"]
-    assert installs[:2] == [0, 0] and installs[2] != 0
-    assert initialized(machine) == 0
+def test_h19_others_have_installed() -> None:
+    """H19: the last CPU's INSTALL finds the bad hash, after the others' have succeeded."""
+    seen = played("H19", "three CPUs").seen
+    assert seen["SEAMLDR.INSTALL returns"] == ["0x0", "0x0", "0x8000000000020001"]
+    assert (seen["the update"], seen["TDX is initialized"]) == (-5, False)
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
-def test_h20_a_cpu_that_dies_inside_the_callback(stage: ModuleUpdateState) -> None:
-    """H20: nothing advances any more, in whichever stage it is; the others spin with interrupts off for ever."""
-    machine = Stepped("none", cpus=3)
-    worker = machine.start(install(machine), 0, "kworker")
-    for _ in range(100_000):
-        if any(r["state"] == stage.name for r in machine.events("state_enter", cpu=2)):
-            break
-        machine.machine.step(machine.machine.ready()[-1])
-    for _ in range(3000):
-        alive = [number for number in machine.machine.ready() if number != 2]
-        if not alive:
-            break
-        machine.machine.step(alive[0])
-    assert machine.memory.load(UPDATE_CTRL.state)[0] == stage
-    assert worker.result is None and not machine.cpu(0).irqs_on and not machine.cpu(1).irqs_on
-    assert machine.cpu(0).waits_for[0].startswith(("waits for the stage after", "spins on"))
-    assert machine.judge(finished=False).verdict != "safe"
+def test_h20_the_others_wait_with_interrupts_off(stage: ModuleUpdateState) -> None:
+    """H20: in whichever stage it is, nothing advances, and both survivors are reported."""
+    shown = played("H20", stage.name)
+    assert shown.seen["the stage stays"] == stage.name
+    assert shown.seen["interrupts are on"] == [False, False]
+    assert str(shown.seen["CPU 0"]).startswith(("waits for the stage after", "spins on"))
+    assert shown.seen["kernel log"] == [f"Watchdog detected hard LOCKUP on cpu {number}" for number in (0, 1)]
+    assert shown.machine.judge(finished=False).verdict != "safe"
 
 
-def test_h27_a_version_1_image_is_refused_harmlessly() -> None:
-    """H27: the container that the public client ships is -EINVAL before any SEAMCALL, and the old module runs on."""
-    machine = Stepped("none")
-    assert machine.run(install(machine, build_v1(module("1.5.09")))) == -22
-    assert machine.count("seamcall_enter") == 0
-    assert initialized(machine) == 1
+def test_h27_nothing_is_called() -> None:
+    """H27: -EINVAL, no SEAMCALL, and the old module runs on."""
+    assert played("H27", "version 1").seen == {"the update": -22, "SEAMCALLs": 0, "TDX is initialized": True}
 
 
-def test_h31_without_the_lead_cpu_nothing_is_shut_down() -> None:
-    """H31: SHUTDOWN is nobody's work, INSTALL hits a running module, and the kernel believes that it has updated."""
-    machine = Stepped("none", cpus=2)
-    machine.memory.store(per_cpu(0).online, 0, 0)
-    ret = machine.run(install(machine), 1)
-    assert machine.count("seamcall_enter", name="TDH.SYS.SHUTDOWN") == 0
-    assert machine.count("seamcall_enter", name="SEAMLDR.INSTALL") == 1
-    assert (ret, initialized(machine)) == (0, 1)
-    assert machine.seam.module is not None and machine.seam.module.identity.update == 8
+def test_h31_the_kernel_believes_that_it_has_updated() -> None:
+    """H31: no SHUTDOWN, one INSTALL, success, and the old module still runs."""
+    assert played("H31", "CPU 0 offline").seen == {
+        "the update": 0,
+        "TDH.SYS.SHUTDOWN": 0,
+        "SEAMLDR.INSTALL": 1,
+        "module that runs": "1.5.08",
+        "TDX is initialized": True,
+    }
+
+
+def test_h33_a_stage_advances_too_early() -> None:
+    """H33: an acknowledgement that counts twice breaks I31, and the update with it."""
+    shown = played("H33", "an acknowledgement counts twice")
+    assert shown.seen["the update"] != 0
+    assert "I31" in violated(shown.machine)
 
 
 # Hotplug, KVM's life and the count of users, which the hazards above build on
@@ -228,4 +175,20 @@ def test_before_the_series_kvm_alone_has_vmx_operation() -> None:
     assert [machine.cpu(n).vmx.mode for n in (0, 1)] == [VmxMode.OUTSIDE] * 2
     machine.run(kvm_init)
     assert [machine.cpu(n).vmx.mode for n in (0, 1)] == [VmxMode.ROOT] * 2
-    assert list(itertools.chain(warnings(machine), failed(machine, "vmxon", "vmxoff"))) == []
+    assert warnings(machine) + failed(machine, "vmxon", "vmxoff") == []
+
+
+def test_kvm_that_is_unloaded_clears_its_vmcss_before_its_callback_goes() -> None:
+    """Until the last CPU has cleared its VMCSs the crash path can still call KVM; then KVM's code is freed."""
+    machine = Stepped("none", cpus=2)
+    machine.run(load_run_put(machine.new_vcpu(0, 1)), 1)
+    machine.start(kvm_exit, name="rmmod")
+    while not machine.memory.load(KERNEL.kvm_unloaded)[0]:
+        assert not machine.memory.load(KERNEL.kvm_text_freed)[0]
+        machine.machine.step(machine.machine.ready()[0])
+    assert not machine.cpu(1).vmx.active
+    machine.machine.run()
+    assert machine.memory.load(KERNEL.kvm_text_freed)[0] == 1
+    machine.run(kvm_init)
+    assert machine.memory.load(KERNEL.kvm_text_freed)[0] == 0
+    assert violated(machine) == []

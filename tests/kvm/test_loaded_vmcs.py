@@ -22,6 +22,7 @@ from kvm.loaded_vmcs import (
     vmclear_local_loaded_vmcss,
     vmcs_read,
     vmcs_write,
+    write_if_changed,
 )
 from kvm.stepped import Stepped
 from kvm.vmx import VmxVcpu
@@ -171,7 +172,7 @@ def test_a_vmwrite_that_is_lost_is_never_repaired() -> None:
 
     async def write(cpu: Cpu) -> None:
         for _ in range(2):
-            await x._write_if_changed(cpu, x.state.loaded_vmcs.host_cr3, Field.HOST_CR3, 0x7000)
+            await write_if_changed(cpu, x.state.loaded_vmcs.host_cr3, Field.HOST_CR3, 0x7000)
 
     stepped.run(write)
     assert stepped.count("vmwrite", result="invalid") == 1

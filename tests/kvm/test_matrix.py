@@ -15,6 +15,7 @@ from kvm.scenes import SCENES
 
 BREAKS = {
     "none": {"task", "irq", "nmi", "launch-clear", "whole-cache"},
+    "refuse-on-erratum, no check": {"task", "irq", "nmi", "launch-clear", "whole-cache"},
     "save-restore-v3": {"nmi", "launch-clear", "whole-cache", "concurrent"},
     "save-restore, IRQs on": {"task", "clear-ipi", "nmi", "launch-clear", "whole-cache", "concurrent"},
     "sweep-naive": {"task", "irq", "nmi", "launch-clear", "whole-cache"},

@@ -5,96 +5,22 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import pytest
+from live import records, small
+from sysfs_machine import PATIENCE_S, Live, live
 
 import launcher
+from kvm.machine import Machine
 from kvm.summary import BAD_INPUT, SAFE
+from kvm.sysfs import sysfs_directory
+from seamldr.identity import HV0_FEATURES0, ModuleIdentity, Profile, make_identity
 from seamldr.image import build_v1, build_v2, parse
 
-ROOT = Path(__file__).resolve().parents[2]
-CLIENTS = Path(__file__).resolve().parent / "clients"
-NODES = ("tdx_module", "seamldr_upload")
-PATIENCE_S = 30
 READS = 50
-READY = "images are in"
-
-
-class Live:
-    """A machine that runs until it is interrupted, and the directory with its files."""
-
-    def __init__(self, base: Path, *arguments: str) -> None:
-        self.root = base / "sys"
-        self.run_dir = base / "run"
-        command = [sys.executable, str(ROOT / "launcher.py"), "run", "--json", *arguments]
-        self.process = subprocess.Popen(
-            [*command, "--sysfs", str(self.root), "--run-dir", str(self.run_dir)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stderr is not None
-        self.said = self.process.stderr.readline()
-        assert READY in self.said, self.said + self.process.stderr.read()
-
-    def image(self, number: int, version: int = 2) -> Path:
-        """One of the images that the machine trusts, as either container."""
-        return self.run_dir / "modules" / (f"update-{number}.bin" if version == 2 else f"update-{number}.v1.bin")
-
-    def node(self, name: str) -> Path:
-        """An upload node."""
-        return self.root / "class/firmware" / name
-
-    def device(self, name: str) -> str:
-        """An attribute of the device."""
-        return (self.root / "devices/faux/tdx_host" / name).read_text().strip()
-
-    def shell(self, node: str, image: Path, seconds: int = PATIENCE_S) -> tuple[int, dict[str, list[str]]]:
-        """The shell client: its exit status and what it said."""
-        command = ["sh", str(CLIENTS / "upload.sh"), str(self.root), node, str(image), str(seconds)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE_S, check=False)
-        assert done.stderr == ""
-        told: dict[str, list[str]] = {}
-        for line in done.stdout.splitlines():
-            key, _, value = line.partition(": ")
-            told.setdefault(key.rstrip(":"), []).append(value)
-        return done.returncode, told
-
-    def python(self, node: str, image: Path, seconds: int = PATIENCE_S) -> tuple[int, dict[str, Any]]:
-        """The Python client: its exit status and what it found."""
-        command = [sys.executable, str(CLIENTS / "upload.py"), str(self.root), str(image), str(seconds), node]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE_S, check=False)
-        assert done.stderr == ""
-        return done.returncode, json.loads(done.stdout) if done.stdout else {}
-
-    def interrupt(self) -> tuple[int, dict[str, Any]]:
-        """Ctrl-C: exit status and summary."""
-        self.process.send_signal(signal.SIGINT)
-        out, _ = self.process.communicate(timeout=2 * PATIENCE_S)
-        return self.process.returncode, json.loads(out)
-
-
-@contextmanager
-def live(base: Path, *arguments: str) -> Iterator[Live]:
-    """A machine that is gone after the block."""
-    machine = Live(base, *arguments)
-    try:
-        yield machine
-    finally:
-        if machine.process.poll() is None:
-            machine.process.terminate()
-            machine.process.wait(PATIENCE_S)
-        for stream in (machine.process.stdout, machine.process.stderr):
-            assert stream is not None
-            stream.close()
 
 
 def test_two_clients_update_the_module_under_running_guests(tmp_path: Path) -> None:
@@ -151,7 +77,7 @@ def _bad_images_do_no_harm(machine: Live, slots: int) -> None:
 def test_during_an_update_a_second_one_changes_nothing(tmp_path: Path) -> None:
     """With a CPU stopped in its tracks the update lasts: clients give up in time, and what they wrote has no effect."""
     with live(tmp_path, "--cpus", "2", "--vcpus", "2", "--tds", "1") as machine:
-        pid = _pid(machine, "cpu1")
+        pid = machine.pid("cpu1")
         os.kill(pid, signal.SIGSTOP)
         try:
             status, told = machine.shell("tdx_module", machine.image(1), seconds=1)
@@ -165,13 +91,6 @@ def test_during_an_update_a_second_one_changes_nothing(tmp_path: Path) -> None:
         assert (machine.node("tdx_module") / "error").read_text() == ""
         assert machine.device("version") == "1.5.09"
         assert machine.interrupt()[1]["updates"]["succeeded"] == 1
-
-
-def _pid(machine: Live, node: str) -> int:
-    for line in (machine.run_dir / "records" / f"{node}.jsonl").read_text().splitlines():
-        if '"event":"cpu_online"' in line:
-            return int(json.loads(line)["pid"])
-    raise AssertionError(f"{node} has no record of its birth")
 
 
 def _wait_until_idle(node: Path) -> None:
@@ -201,6 +120,25 @@ def test_with_the_gate_on_there_is_nothing_to_call(tmp_path: Path) -> None:
         assert [str(path.relative_to(machine.root)) for path in files] == ["devices/faux/tdx_host/version"]
         assert machine.device("version") == "1.5.08"
         machine.interrupt()
+
+
+async def test_a_module_without_td_preserving_cannot_be_updated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I48: if the running module's TDX_FEATURES0 lacks bit 1, there is nothing but its version."""
+
+    def without(version: str, profile: Profile) -> ModuleIdentity:
+        identity = make_identity(version, profile)
+        return msgspec.structs.replace(identity, tdx_features0=identity.tdx_features0 & ~0b10)
+
+    monkeypatch.setattr("kvm.images.make_identity", without)
+    root = tmp_path / "sys"
+    with sysfs_directory(root):
+        async with Machine(small(tmp_path, updates=0, sysfs=str(root))) as machine:
+            assert await machine.run_workload()
+    (tree,) = records(machine.run_dir, "sysfs_tree")
+    assert (tree["features0"], tree["files"]) == (HV0_FEATURES0 & ~0b10, ["devices/faux/tdx_host/version"])
+    assert machine.check().violations == ()
 
 
 @pytest.mark.parametrize("bad", ["full", "file", "no/parent"])

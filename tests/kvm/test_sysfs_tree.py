@@ -8,18 +8,21 @@ import stat
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from errno import EBUSY, EINVAL, EIO, ENOSPC
+from errno import EBUSY, EINVAL, EIO, ENODEV, ENOSPC, ENXIO
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import trio
 import trio.testing
 
+from bus.judge import judge_records
+from bus.records import Record, complaint
 from kvm.stepped import module
 from kvm.sysfs import SysfsError, check_sysfs_dir, serve_sysfs, sysfs_directory
 from seamldr.image import build_v1, build_v2
 from seamldr.structures import SeamldrInfo
+from seamldr.upload import Support, Upload
 
 T = TypeVar("T")
 DEVICE, CLASS = "devices/faux/tdx_host", "class/firmware"
@@ -41,6 +44,7 @@ class FakeHost:
         self.lines: list[str] = []
         self.calls = 0
         self.lock = trio.Lock()
+        self.records: list[Record] = []
 
     async def seamldr_info(self) -> tuple[int, SeamldrInfo | None]:
         """One call."""
@@ -56,8 +60,13 @@ class FakeHost:
             await self.gate.wait()
             self.installed.append(image)
             if not self.result:
-                self.running = "1.5.09"
+                self.runs("1.5.09")
             return self.result
+
+    def runs(self, version: str | None) -> None:
+        """This module runs now, or none does."""
+        self.running = version
+        self.emit("module_init_flag", initialized=int(version is not None), version=version or "1.5.08")
 
     async def settled(self) -> None:
         """When no install runs."""
@@ -71,6 +80,14 @@ class FakeHost:
     def all_online(self) -> bool:
         """All CPUs."""
         return self.online
+
+    def emit(self, event: str, /, **fields: Any) -> int:
+        """Kept, if it is as the event table says."""
+        at = len(self.records) + 1
+        record = {"ts": at, "clock": at, "node": "kvm", "pid": 1, "seq": at, "event": event, **fields}
+        assert complaint(record) is None
+        self.records.append(record)
+        return at
 
     def log(self, text: str) -> None:
         """Kept."""
@@ -127,12 +144,18 @@ def _write(path: Path, data: bytes) -> None:
         os.close(fd)
 
 
+SUPPORTED = Support(sysinfo=True, features0=0b10, erratum=False)
+
+
 @asynccontextmanager
-async def tree(root: Path, host: FakeHost, supported: bool = True) -> AsyncIterator[Client]:
-    """The tree, and a client of it."""
+async def tree(
+    root: Path, host: FakeHost, support: Support = SUPPORTED, *, broken: tuple[str, ...] = ()
+) -> AsyncIterator[Client]:
+    """The tree, and a client of it. Its records violate the invariants named `broken` and no others."""
     with trio.fail_after(20):
-        async with serve_sysfs(root, host, supported):
+        async with serve_sysfs(root, host, support):
             yield Client(root)
+    assert tuple(violation.invariant for violation in judge_records(host.records).violations) == broken
 
 
 V1, V2 = build_v1(module("1.5.09")), build_v2(module("1.5.09"))
@@ -217,6 +240,72 @@ async def test_while_an_upload_runs(tmp_path: Path, node: str) -> None:
     assert host.installed == [V2]
 
 
+async def test_data_written_while_an_upload_runs_is_lost(tmp_path: Path) -> None:
+    """The install goes on with what it had, the kernel log says -ENODEV, and nothing of it is there afterwards."""
+    host = FakeHost()
+    host.gate = trio.Event()
+    async with tree(tmp_path, host) as client:
+        await client.start("tdx_module", V2)
+        await client.write(f"{CLASS}/tdx_module/data", b"late")
+        assert await client.read(f"{CLASS}/tdx_module/data") == ""
+        host.gate.set()
+        while await client.read(f"{CLASS}/tdx_module/status") != "idle\n":
+            await trio.lowlevel.checkpoint()
+        await client.write(f"{CLASS}/tdx_module/loading", "0")
+    assert host.installed == [V2]
+    assert host.lines[0] == "firmware tdx_module: a write to data returns -ENODEV"
+    assert [(record["path"], record["errno"]) for record in host.records if record.get("errno")] == [
+        (f"{DEVICE}/firmware/tdx_module/data", -ENODEV)
+    ]
+
+
+BREAKS = [
+    ("I45", "show_status", lambda self: "idle\n"),
+    ("I46", "show_error", lambda self: ""),
+    ("I47", "data_is_accessible", True),
+]
+
+
+@pytest.mark.parametrize(("invariant", "what", "broken"), BREAKS, ids=[row[0] for row in BREAKS])
+async def test_a_kernel_that_lies_breaks_the_invariant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invariant: str, what: str, broken: object
+) -> None:
+    """`status` idle, `error` readable, or `data` writable in the middle of an upload is seen in the records."""
+    monkeypatch.setattr(Upload, what, broken)
+    host = FakeHost()
+    host.gate = trio.Event()
+    async with tree(tmp_path, host, broken=(invariant,)) as client:
+        await client.start("tdx_module", V2)
+        await client.read(f"{CLASS}/tdx_module/status")
+        host.gate.set()
+
+
+async def test_a_driver_that_does_not_look_breaks_i48(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes that are visible although the module cannot be updated are seen in the records."""
+    monkeypatch.setattr(Support, "update_supported", True)
+    async with tree(tmp_path, FakeHost(), Support(True, 0, False), broken=("I48",)):
+        pass
+
+
+async def test_a_version_that_is_kept_breaks_i39(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old version after an update is seen in the records."""
+    monkeypatch.setattr(FakeHost, "version", lambda self: "1.5.08")
+    async with tree(tmp_path, FakeHost(), broken=("I39",)) as client:
+        assert await client.upload("tdx_module", V2) == ""
+        assert await client.read(f"{DEVICE}/version") == "1.5.08\n"
+
+
+async def test_a_failed_call_is_recorded_with_the_errno_of_its_driver(tmp_path: Path) -> None:
+    """The merged attributes hand the errno of the call on, the older ones turn each into -ENXIO."""
+    host = FakeHost()
+    host.info = (-EIO, 0)
+    async with tree(tmp_path, host) as client:
+        for name in ("seamldr_version", "num_remaining_updates", "seamldr/version", "seamldr/num_remaining_updates"):
+            assert await client.read(f"{DEVICE}/{name}") == ""
+    reads = [record for record in host.records if record["event"] == "sysfs_read"]
+    assert [record["errno"] for record in reads] == [-EIO, -EIO, -ENXIO, -ENXIO]
+
+
 async def test_the_version_waits_for_the_end_of_an_install(tmp_path: Path) -> None:
     """Who opens `version` in the middle of an update reads the new one, never the old one with the new module."""
     host = FakeHost()
@@ -244,7 +333,7 @@ async def test_version_tells_fatal_from_harmless(tmp_path: Path) -> None:
     async with tree(tmp_path, host) as client:
         assert await client.upload("tdx_module", V2) == "transferring:firmware-invalid\n"
         assert await client.read(f"{DEVICE}/version") == "1.5.08\n"
-        host.running = None
+        host.runs(None)
         assert await client.upload("tdx_module", V2) == "transferring:firmware-invalid\n"
         with pytest.raises(FileNotFoundError):
             await client.read(f"{DEVICE}/version")
@@ -299,9 +388,14 @@ async def test_modes_and_names(tmp_path: Path) -> None:
     }
 
 
-async def test_without_support_only_the_version_is_there(tmp_path: Path) -> None:
-    """I48: on a CPU with the erratum and the gate on, nothing that would call P-SEAMLDR is visible."""
-    async with tree(tmp_path, FakeHost(), supported=False) as client:
+@pytest.mark.parametrize(
+    "support",
+    [Support(False, 0b10, False), Support(True, 0b101, False), Support(True, 0b10, True)],
+    ids=["no-tdx", "no-td-preserving", "erratum"],
+)
+async def test_without_support_only_the_version_is_there(tmp_path: Path, support: Support) -> None:
+    """I48: without TDX or TD preserving, or on a CPU with the erratum, nothing that calls P-SEAMLDR is visible."""
+    async with tree(tmp_path, FakeHost(), support) as client:
         assert _files(tmp_path) == [f"{DEVICE}/version"]
         assert await client.read(f"{DEVICE}/version") == "1.5.08\n"
 

@@ -89,7 +89,7 @@ async def test_a_broken_contract_is_a_violation(tmp_path: Path, body: str, error
 
 async def test_a_lock_taken_twice_is_a_deadlock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """I50, with the CPU that waits for itself as the cycle."""
-    monkeypatch.setattr("kvm.machine.TERMINATE_S", 0.5)
+    monkeypatch.setattr("kvm.fleet.TERMINATE_S", 0.5)
     lock = "    async with cpu.raw_spin_lock_irqsave(seamldr_lock):\n"
     machine, judgement = await run(tmp_path, lock + "    " + lock + "            return 0\n")
     assert judgement.verdict == "unsafe"
@@ -112,7 +112,7 @@ async def test_an_endless_loop_is_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, says: str, steps: set[str]
 ) -> None:
     """The machine counts as stuck; each CPU says what it does, if it can; ending it takes what it takes."""
-    monkeypatch.setattr("kvm.machine.TERMINATE_S", 0.5)
+    monkeypatch.setattr("kvm.fleet.TERMINATE_S", 0.5)
     machine, judgement = await run(tmp_path, body)
     assert (judgement.verdict, judgement.violations) == ("incomplete", ())
     assert "the machine did not come to its own end: nothing has moved for 1 s after the planned end" in judgement.why

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bus.spec import Workload
-from kvm.process import PagePool
+from kvm.pages import PagePool
 from kvm.workload import BURST, Action, Kick, Move, Read, Update, placement, timeline
 
 MS = 1_000_000

@@ -51,6 +51,7 @@ KERNEL_REFUSES = {
 }
 
 
+@pytest.mark.conformance("Image files")
 @pytest.mark.parametrize(("blob", "rule"), KERNEL_REFUSES.values(), ids=KERNEL_REFUSES.keys())
 def test_kernel_refuses(blob: bytes, rule: str) -> None:
     """The kernel answers -EINVAL, by the first check that fails."""
@@ -59,6 +60,7 @@ def test_kernel_refuses(blob: bytes, rule: str) -> None:
     assert caught.value.errno == errno.EINVAL
 
 
+@pytest.mark.conformance("Image files")
 @pytest.mark.parametrize(
     "blob",
     [

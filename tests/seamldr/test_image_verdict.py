@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 from pseamldr_bench import KEY, TRUSTED, manifest, other_key, published, with_manifest_bytes, with_module
 
+from seamldr.commands import ModuleCommandError, verify_module
 from seamldr.identity import make_identity
 from seamldr.image import PAGE, ImageError, ModuleImage, build_v1, build_v2
 from seamldr.module_maker import make_module, resign
@@ -81,6 +85,69 @@ def test_update() -> None:
     newer = make_module(make_identity("1.5.17", "B"), key=KEY)
     assert update(newer, GOOD) is None
     assert update(GOOD, newer) == ("handoff", "EBADHANDOFF")
+
+
+P20 = Platform(profile=LoaderProfile.P20, fms=(0xA06D1,), trusted_signers=(TRUSTED,))
+# New and running module, what P-SEAMLDR 2.0 says, on a processor that both list
+SECOND_SERIES = [
+    ("2.0.08", "2.0.05", None),
+    ("2.0.05", "2.0.04", None),
+    ("2.0.04", "2.0.05", None),
+    ("2.0.08", "2.0.08", None),
+    ("2.0.02", "2.0.04", ("manifest 14", "EBADSIG")),
+    ("2.0.05", "2.0.08", ("manifest 14", "EBADSIG")),
+    ("2.0.08", "1.5.16", ("manifest 14", "EUNSUPPORTED")),
+]
+
+
+@pytest.mark.parametrize(("new", "old", "failure"), SECOND_SERIES)
+def test_update_within_the_second_series(new: str, old: str, failure: tuple[str, str] | None) -> None:
+    """A 2.0 image replaces a running 2.0 module whose minor SVN is not higher, and no module of another major SVN."""
+    blob = build_v2(published(new))
+    assert outcome(blob, P20, scenario=Scenario.UPDATE, running=published(old)) == failure
+
+
+def test_what_is_assumed() -> None:
+    """A report says for which loader, processor and running module it holds."""
+    assert verify_image(build_v2(GOOD), PLATFORM).assumed == (
+        "P-SEAMLDR P15 on CPU C06F2H, a LOAD with no module before it"
+    )
+    report = verify_image(build_v2(published("2.0.08")), P20, Scenario.UPDATE, published("2.0.05"))
+    assert report.assumed == (
+        "P-SEAMLDR P20 on CPU A06D1H, an UPDATE of module 2.0.05 with SVN 3.4, shut down with handoff version 0"
+    )
+    assert verify_image(b"", PLATFORM, Scenario.UPDATE).assumed.endswith("an UPDATE with no module to replace")
+    stranger = make_module(key=KEY, image=b"\x90" * PAGE, gdt_idt_offset=0)
+    assert "of an unknown module with SVN 1.7" in verify_image(b"", PLATFORM, Scenario.UPDATE, stranger).assumed
+
+
+def files(tmp_path: Path, **images: bytes) -> Iterator[Path]:
+    """Image files, each with the test key's hash beside it."""
+    for name, blob in images.items():
+        path = tmp_path / name
+        path.write_bytes(blob)
+        (tmp_path / f"{name}.signer").write_text(TRUSTED + "\n")
+        yield path
+
+
+def test_the_command_judges_an_update(tmp_path: Path) -> None:
+    """`module verify` loads a first module, or updates the one in another file, in either container, and says which."""
+    blobs = {"new": build_v2(published("2.0.05")), "old": build_v1(published("2.0.08")), "bad": b"no image"}
+    new, old, bad = files(tmp_path, **blobs)
+    table, accepted = verify_module(new, 0xA06D1, "P20")
+    assert accepted and str(table.title).endswith("new: would be installed")
+    assert "a LOAD with no module before it" in str(table.caption)
+    table, accepted = verify_module(new, 0xA06D1, "P20", old)
+    assert not accepted and str(table.title).endswith("the SVN follows the module that runs or ran (EBADSIG)")
+    assert "an UPDATE of module 2.0.08 with SVN 3.5" in str(table.caption)
+    table, accepted = verify_module(old, 0xA06D1, "P20", new)
+    assert not accepted and str(table.title).endswith("(-EINVAL); as version 2 it would be installed")
+    with pytest.raises(ModuleCommandError, match=r"old cannot be running there: reserved fields are zero \(EBADSIG\)"):
+        verify_module(new, 0xA06D1, "P15", old)
+    with pytest.raises(ModuleCommandError, match="bad is not a TDX module image"):
+        verify_module(new, 0xA06D1, "P20", bad)
+    with pytest.raises(ModuleCommandError, match="cannot be read"):
+        verify_module(new, 0xA06D1, "P20", tmp_path / "gone")
 
 
 def test_p10_rules() -> None:

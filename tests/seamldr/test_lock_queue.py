@@ -109,6 +109,20 @@ def test_a_dead_holder_that_hangs_keeps_the_lock_for_ever() -> None:
     assert holder(queue) == "cpu0" and ask(queue, 2) is None and queue.depth == 3
 
 
+@pytest.mark.parametrize("policy", ["release", "hang", "lease"])
+def test_what_a_successor_has_to_know_of_a_death(policy: str) -> None:
+    """Only a dead holder that keeps the lock is remembered; the queue of the next epoch begins with it."""
+    queue = LockQueue("l", 1, policy)
+    ask(queue, 0)
+    ask(queue, 1)
+    held = queue.holder
+    queue.dead("cpu0", 1)
+    assert queue.memo.hung == (held if policy == "hang" else None)
+    successor = LockQueue("l", 2, policy, memo=queue.memo)
+    assert (ask(successor, 1) is None) == (policy == "hang")
+    assert successor.release((1, 1)) == (False, None)
+
+
 def test_another_incarnation_is_somebody_else() -> None:
     """The death of an incarnation takes nothing from the one that was started in its place."""
     queue = LockQueue("l", 1)
@@ -128,6 +142,55 @@ def test_tokens_grow_over_a_restart_of_the_service() -> None:
         last = old.token
         old.release(last)
     assert ask(new, 0) is not None and new.token > last
+
+
+# Leases
+
+
+def test_a_lease_ends_only_while_somebody_waits() -> None:
+    """It runs from the grant; nobody is taken from the lock for nobody."""
+    queue = LockQueue("l", 1, "lease")
+    assert queue.lease_end(100) is None
+    queue.acquire(Request("cpu0", 1, 1, 0, 5))
+    assert queue.lease_end(100) is None
+    queue.acquire(Request("cpu1", 1, 1, 0, 300))
+    assert queue.lease_end(100) == 105
+    queue.release((1, 1), 310)
+    queue.acquire(Request("cpu2", 1, 1, 0, 320))
+    assert queue.lease_end(100) == 410
+
+
+def test_a_lease_that_ended_is_followed_under_a_higher_token() -> None:
+    """Who lost the lock may come late with its release or die: it holds nothing, and that is remembered."""
+    queue = LockQueue("l", 1, "lease")
+    for cpu in (0, 1):
+        ask(queue, cpu)
+    lost, grant = queue.expire(7)
+    assert (lost.request.node, lost.token, grant.request.node, grant.token) == ("cpu0", (1, 1), "cpu1", (1, 2))
+    assert (queue.memo.fence, queue.granted_ns, queue.token) == ((1, 1), 7, (1, 2))
+    assert queue.release((1, 1)) == (False, None)
+    assert queue.dead("cpu0", 1) == ([], None) and holder(queue) == "cpu1"
+
+
+# Taking over
+
+
+def test_a_paused_queue_grants_when_it_resumes() -> None:
+    """Requests wait, a restored holder goes on under its old token, the next gets one of the new epoch."""
+    queue = LockQueue("l", 2, paused=True)
+    queue.restore(Grant(Request("cpu3", 1, 9, 0, 0), (1, 40)), [Request("cpu1", 1, 1, 0, 0)])
+    assert ask(queue, 0) is None
+    assert queue.release((1, 40)) == (True, None) and queue.holder is None
+    grant = queue.resume(50)
+    assert grant is not None and (grant.request.node, grant.token, queue.granted_ns) == ("cpu1", (2, 1), 50)
+    assert queue.release((2, 1))[1] is not None and holder(queue) == "cpu0"
+
+
+def test_a_restored_lease_begins_anew() -> None:
+    """Nobody knows how long the holder has held; it gets its whole time again."""
+    queue = LockQueue("l", 2, "lease", paused=True)
+    queue.restore(Grant(Request("cpu3", 1, 9, 0, 0), (1, 40)), [Request("cpu1", 1, 1, 0, 0)])
+    assert queue.resume(1000) is None and queue.lease_end(100) == 1100
 
 
 class QueueMachine(RuleBasedStateMachine):

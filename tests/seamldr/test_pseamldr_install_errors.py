@@ -1,4 +1,4 @@
-"""Conformance rows 53 to 111 and 124 to 126: what the last LP's INSTALL returns, and what is left afterwards."""
+"""Conformance rows 53 to 111, and 124 and 125: what the last LP's INSTALL returns, and what is left afterwards."""
 
 from __future__ import annotations
 
@@ -251,10 +251,11 @@ ROWS: dict[str, Row] = {
     "row-105": Row(EBADHASH, 1, DEAD, swapped),
     "row-106": Row(EBADPARAM, 1, DEAD, update(not_elf())),
     "row-107": Row(EBADPARAM, 1, DEAD, update(wrong_relocation())),
-    "row-126": Row(EBADHASH, 1, DEAD, update(broken("1.5.08", 0))),
+    "row-103-first-byte": Row(EBADHASH, 1, DEAD, update(broken("1.5.08", 0))),
 }  # fmt: skip
 
 
+@pytest.mark.conformance("P-SEAMLDR calls")
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
 def test_install(make_bench: Callable[..., LoaderBench], row: Row) -> None:
     """The last LP sees exactly this status and RDX, and the platform is restored, dead or renewed."""
@@ -274,8 +275,9 @@ def test_install(make_bench: Callable[..., LoaderBench], row: Row) -> None:
         assert bench.state.generation == before.generation + 1
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 82)
 def test_load_while_dirty_loses_handoff(bench: LoaderBench) -> None:
-    """row-82: a LOAD over a running module wipes the handoff data and starts the history again."""
+    """A LOAD over a running module wipes the handoff data and starts the history again."""
     image = published("1.5.08")
     before = Before(bench)
     assert bench.load(image) == Return(0, 0)
@@ -284,8 +286,9 @@ def test_load_while_dirty_loses_handoff(bench: LoaderBench) -> None:
     assert (bench.state.num_remaining_updates, bench.state.seamdb_entries) == (5, 1)
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 97)
 def test_module_still_runs_without_handoff(bench: LoaderBench) -> None:
-    """row-97: after EBADHANDOFF the running module goes on with all it had in the range."""
+    """After EBADHANDOFF the running module goes on with all it had in the range."""
     bench.write_handoff(valid=0)
     bench.memory.write(0x4000_1000 + 2 * PAGE, b"transfer VMCS of LP 2")
     before = Before(bench)
@@ -294,8 +297,9 @@ def test_module_still_runs_without_handoff(bench: LoaderBench) -> None:
     assert bench.memory.read(0x4000_3000, 21) == b"transfer VMCS of LP 2"
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 108)
 def test_seamdb_without_entropy(bench: LoaderBench) -> None:
-    """row-108: five failed inserts leave the new identity without SEAM_READY, and nothing counted."""
+    """Five failed inserts leave the new identity without SEAM_READY, and nothing counted."""
     bench.entropy.failures["seamdb"] = 5
     bench.state.key_dirty = [False] * 8
     image = published("1.5.08")
@@ -310,22 +314,25 @@ def test_seamdb_without_entropy(bench: LoaderBench) -> None:
     assert bench.state.generation == before.generation
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 108)
 def test_seamdb_entropy_late(bench: LoaderBench) -> None:
-    """row-108: the fifth attempt still counts."""
+    """The fifth attempt still counts."""
     bench.entropy.failures["seamdb"] = 4
     assert bench.install(published("1.5.08")) == Return(0, 0)
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 109)
 def test_load_after_death(bench: LoaderBench) -> None:
-    """row-109: after an unrecoverable failure LOAD wants a CLEANUP and UPDATE has nothing to update."""
+    """After an unrecoverable failure LOAD wants a CLEANUP and UPDATE has nothing to update."""
     bench.install(broken("1.5.08", 5 * PAGE))
     assert bench.load(published("1.5.16")) == Return(ECLEANUPREQ, 0)
     assert bench.install(published("1.5.16")) == Return(EBADPARAM, 0)
     assert not bench.module_callable()
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 110)
 def test_load_after_cleanup(bench: LoaderBench) -> None:
-    """row-110: CLEANUP on all LPs, then LOAD."""
+    """CLEANUP on all LPs, then LOAD."""
     bench.install(broken("1.5.08", 5 * PAGE))
     assert bench.cleanup() == [Return(0)] * 4
     before = Before(bench)
@@ -333,13 +340,15 @@ def test_load_after_cleanup(bench: LoaderBench) -> None:
     before.assert_installed(published("1.5.01"))
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 111)
 def test_load_after_failed_first_load(make_bench: Callable[..., LoaderBench]) -> None:
-    """row-111: on a fresh platform a failed first LOAD does not ask for a CLEANUP."""
+    """On a fresh platform a failed first LOAD does not ask for a CLEANUP."""
     bench = make_bench()
     assert bench.load(broken("1.5.06", 5 * PAGE)) == Return(EBADHASH, 1)
     assert bench.load(published("1.5.06")) == Return(0, 0)
 
 
+@pytest.mark.conformance("Image files")
 @pytest.mark.parametrize(
     ("image", "status"),
     [
@@ -386,8 +395,9 @@ def test_p10(make_bench: Callable[..., LoaderBench], image: ModuleImage, scenari
     assert kept == bool(expected.rax)
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 57)
 def test_p10_takes_no_pages(make_bench: Callable[..., LoaderBench]) -> None:
-    """row-57: NUM_MODULE_PAGES 0 passes the first loader's parameter check and fails at the hash."""
+    """NUM_MODULE_PAGES 0 passes the first loader's parameter check and fails at the hash."""
     bench = make_bench(profile=LoaderProfile.P10)
     params = msgspec.structs.replace(bench.place(p10_module(), Scenario.LOAD), num_module_pages=0)
     assert bench.install_placed(params)[-1] == Return(EBADHASH, 1)

@@ -35,15 +35,17 @@ def info(bench: LoaderBench) -> SeamldrInfo:
 class TestGate:
     """The processor's decision at SEAMCALL."""
 
+    @pytest.mark.conformance("P-SEAMLDR calls", 8)
     def test_no_p_seamldr(self, make_bench: MakeBench) -> None:
-        """row-8: RAX[63]=1 without P-SEAMLDR is VMfailInvalid, and the mutex is free again."""
+        """RAX[63]=1 without P-SEAMLDR is VMfailInvalid, and the mutex is free again."""
         bench = make_bench()
         bench.state.seamextend = SeamExtend()
         assert bench.gate.enter(0, INFO) is Admission.NOT_LOADED
         assert bench.gate.state.owner is None
 
+    @pytest.mark.conformance("P-SEAMLDR calls", 9)
     def test_mutex_held(self, bench: LoaderBench) -> None:
-        """row-9: a second LP is refused at once and the first keeps the mutex."""
+        """A second LP is refused at once and the first keeps the mutex."""
         assert bench.gate.enter(0, INFO) is Admission.ADMITTED
         assert bench.gate.enter(1, INFO) is Admission.MUTEX_HELD
         assert bench.gate.state.owner == 0
@@ -52,29 +54,34 @@ class TestGate:
         bench.gate.leave(0)
         assert bench.gate.enter(1, INFO) is Admission.ADMITTED
 
+    @pytest.mark.conformance("P-SEAMLDR calls", 10)
     def test_no_module(self, make_bench: MakeBench) -> None:
-        """row-10: RAX[63]=0 without a module is VMfailInvalid."""
+        """RAX[63]=0 without a module is VMfailInvalid."""
         assert make_bench().gate.enter(0, 33) is Admission.NOT_LOADED
 
+    @pytest.mark.conformance("P-SEAMLDR calls", 11)
     def test_module_during_install(self, bench: LoaderBench) -> None:
-        """row-11: between the first and the last INSTALL no LP reaches the module."""
+        """Between the first and the last INSTALL no LP reaches the module."""
         open_install(bench)
         assert [bench.gate.enter(lp, 33) for lp in range(4)] == [Admission.NOT_LOADED] * 4
 
+    @pytest.mark.conformance("P-SEAMLDR calls", 12)
     def test_module_beside_info(self, bench: LoaderBench) -> None:
-        """row-12: a module call does not look at P_SEAMLDR_MUTEX."""
+        """A module call does not look at P_SEAMLDR_MUTEX."""
         assert bench.gate.enter(0, INFO) is Admission.ADMITTED
         assert bench.gate.enter(1, 33) is Admission.ADMITTED
 
+    @pytest.mark.conformance("P-SEAMLDR calls", 14)
     @pytest.mark.parametrize("rax", [INFO, 33], ids=["in-p-seamldr", "in-module"])
     def test_crash_inside(self, bench: LoaderBench, rax: int) -> None:
-        """row-14: an LP that shuts down inside SEAM takes module and P-SEAMLDR with it until reset."""
+        """An LP that shuts down inside SEAM takes module and P-SEAMLDR with it until reset."""
         assert bench.gate.enter(2, rax) is Admission.ADMITTED
         assert bench.gate.shutdown(2)
         assert [bench.gate.enter(lp, rax) for lp in range(4) for rax in (33, INFO)] == [Admission.SEAM_DEAD] * 8
 
+    @pytest.mark.conformance("P-SEAMLDR calls", 14)
     def test_crash_outside(self, bench: LoaderBench) -> None:
-        """row-14: an LP that dies outside SEAM harms nobody."""
+        """An LP that dies outside SEAM harms nobody."""
         assert not bench.gate.shutdown(2)
         assert bench.gate.enter(1, INFO) is Admission.ADMITTED
         assert bench.gate.shutdown(1)
@@ -82,6 +89,7 @@ class TestGate:
         assert bench.gate.enter(0, INFO) is Admission.SEAM_DEAD
 
 
+@pytest.mark.conformance("P-SEAMLDR calls")
 @pytest.mark.parametrize(
     ("leaf", "profile"),
     [
@@ -96,6 +104,7 @@ def test_unknown_leaf(make_bench: MakeBench, leaf: int, profile: LoaderProfile) 
     assert make_bench(profile=profile).call(0, leaf, PARAMS_PA) == Return(SeamldrStatus.EBADPARAM, None)
 
 
+@pytest.mark.conformance("P-SEAMLDR calls")
 @pytest.mark.parametrize(
     ("leaf", "rcx", "status"),
     [
@@ -136,17 +145,19 @@ def test_seaminfo_is_the_platform_table(bench: LoaderBench) -> None:
     assert table[8:20] == b"\4\0\0\0\1\0\0\0\xf2\6\x0c\0"
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 30)
 def test_info_in_session(bench: LoaderBench) -> None:
-    """row-30: INFO in the middle of an INSTALL session sees SEAM_READY 0, and the session goes on."""
+    """INFO in the middle of an INSTALL session sees SEAM_READY 0, and the session goes on."""
     open_install(bench)
     assert info(bench).seamextend.seam_ready == 0
     assert bench.state.current_flow is Flow.INSTALL
     assert bench.call(3, INSTALL, PARAMS_PA) == Return(0, 0)
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 31)
 @pytest.mark.parametrize("leaf", [*SeamldrLeaf, 0x8000_0000_0000_0005])
 def test_no_canary(make_bench: MakeBench, leaf: int) -> None:
-    """row-31: without a stack canary every leaf is EUNSPECERR, with RDX preserved; the next call tries again."""
+    """Without a stack canary every leaf is EUNSPECERR, with RDX preserved; the next call tries again."""
     bench = make_bench()
     bench.entropy.failures[RdrandUse.CANARY] = 2
     assert [bench.call(0, leaf, BUFFER_PA) for _ in range(2)] == [Return(SeamldrStatus.EUNSPECERR)] * 2
@@ -158,45 +169,51 @@ def shut_down(bench: LoaderBench, *order: int) -> list[SeamldrStatus]:
     return [bench.call(lp, SHUTDOWN).rax for lp in order]
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 32)
 def test_shutdown_while_dirty(bench: LoaderBench) -> None:
-    """row-32: after an install SHUTDOWN asks for a CLEANUP first and changes nothing."""
+    """After an install SHUTDOWN asks for a CLEANUP first and changes nothing."""
     assert shut_down(bench, 0) == [SeamldrStatus.ECLEANUPREQ]
     assert bench.module_callable()
     assert bench.state.shutdown_bitmap == set()
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 33)
 def test_shutdown_in_install(make_bench: MakeBench) -> None:
-    """row-33: SHUTDOWN in an INSTALL session is EBADCALL, and the session goes on."""
+    """SHUTDOWN in an INSTALL session is EBADCALL, and the session goes on."""
     bench = make_bench()
     open_install(bench)
     assert shut_down(bench, 3) == [SeamldrStatus.EBADCALL]
     assert bench.state.update_bitmap == {0, 1, 2}
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 34)
 def test_shutdown_twice(make_bench: MakeBench) -> None:
-    """row-34: a second SHUTDOWN on one LP succeeds and is not counted."""
+    """A second SHUTDOWN on one LP succeeds and is not counted."""
     bench = make_bench()
     assert shut_down(bench, 1, 1) == [0, 0]
     assert bench.state.shutdown_bitmap == {1}
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 35)
 def test_shutdown_ends_on_wrong_lp(make_bench: MakeBench) -> None:
-    """row-35: the call that completes the count must be the ACM LP's; P-SEAMLDR stays callable."""
+    """The call that completes the count must be the ACM LP's; P-SEAMLDR stays callable."""
     bench = make_bench()
     assert shut_down(bench, 0, 1, 2, 3) == [0, 0, 0, SeamldrStatus.EBADCALL]
     assert (bench.loader.p_seamldr_ready, bench.loader.seam_ready) == (True, False)
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 36)
 def test_shutdown_repaired(make_bench: MakeBench) -> None:
-    """row-36: a later call on the ACM LP finishes the job; calls elsewhere stay EBADCALL."""
+    """A later call on the ACM LP finishes the job; calls elsewhere stay EBADCALL."""
     bench = make_bench()
     shut_down(bench, 0, 1, 2, 3)
     assert shut_down(bench, 2, 0) == [SeamldrStatus.EBADCALL, 0]
     assert [bench.gate.enter(lp, rax) for lp in range(4) for rax in (0, INFO)] == [Admission.NOT_LOADED] * 8
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 37)
 def test_shutdown_in_order(make_bench: MakeBench) -> None:
-    """row-37: with the ACM LP last, all calls succeed and nothing answers any more."""
+    """With the ACM LP last, all calls succeed and nothing answers any more."""
     bench = make_bench()
     assert shut_down(bench, 1, 2, 3, 0) == [0] * 4
     assert bench.state.seamextend.encode() == bytes(136)
@@ -224,22 +241,25 @@ def test_x2apic_too_large(make_bench: MakeBench) -> None:
     assert bench.call(1024, SHUTDOWN) == bench.call(1024, CLEANUP) == Return(SeamldrStatus.EUNSPECERR)
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 38)
 def test_cleanup_too_early(make_bench: MakeBench) -> None:
-    """row-38: CLEANUP before any INSTALL session reached its last LP is EBADCALL."""
+    """CLEANUP before any INSTALL session reached its last LP is EBADCALL."""
     bench = make_bench()
     assert bench.call(0, CLEANUP) == Return(SeamldrStatus.EBADCALL)
     assert bench.state.current_flow is Flow.READY
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 39)
 def test_cleanup_in_install(bench: LoaderBench) -> None:
-    """row-39: CLEANUP in an INSTALL session is EBADCALL, and the session goes on."""
+    """CLEANUP in an INSTALL session is EBADCALL, and the session goes on."""
     open_install(bench)
     assert bench.call(3, CLEANUP) == Return(SeamldrStatus.EBADCALL)
     assert bench.call(3, INSTALL, PARAMS_PA) == Return(0, 0)
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 40)
 def test_cleanup_twice(bench: LoaderBench) -> None:
-    """row-40: an LP that is done gets EBADCALL while the session is open."""
+    """An LP that is done gets EBADCALL while the session is open."""
     assert [bench.call(1, CLEANUP).rax for _ in range(2)] == [0, SeamldrStatus.EBADCALL]
     assert bench.state.cleanup_bitmap == {1}
 
@@ -264,9 +284,10 @@ def cleanup_until_done(bench: LoaderBench, **events: int) -> int:
     raise AssertionError("CLEANUP never ends")
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 41)
 @pytest.mark.parametrize("pending", [INTR_PENDING_NMI, INTR_PENDING_SMI, 1 << 3])
 def test_cleanup_interrupted(bench: LoaderBench, pending: int) -> None:
-    """row-41: a pending NMI, SMI or other event interrupts after each unit of work, which is kept."""
+    """A pending NMI, SMI or other event interrupts after each unit of work, which is kept."""
     for lp in range(3):
         assert bench.call(lp, CLEANUP, interrupts_pending=pending) == Return(0)
     assert bench.call(3, CLEANUP, interrupts_pending=pending) == Return(SeamldrStatus.EINTERRUPT)
@@ -276,16 +297,18 @@ def test_cleanup_interrupted(bench: LoaderBench, pending: int) -> None:
     assert bench.state.current_flow is Flow.READY
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 42)
 def test_cleanup_masked_interrupt(bench: LoaderBench) -> None:
-    """row-42: INTR alone does not interrupt a caller with IF=0; with IF=1 it does."""
+    """INTR alone does not interrupt a caller with IF=0; with IF=1 it does."""
     for lp in range(3):
         bench.call(lp, CLEANUP)
     assert bench.call(3, CLEANUP, interrupts_pending=INTR_PENDING_INTR, caller_if=True).rax == SeamldrStatus.EINTERRUPT
     assert bench.call(3, CLEANUP, interrupts_pending=INTR_PENDING_INTR, caller_if=False) == Return(0)
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 43)
 def test_cleanup_no_entropy(bench: LoaderBench) -> None:
-    """row-43: PCONFIG without entropy is ENOENTROPY; the LP repeats and finishes."""
+    """PCONFIG without entropy is ENOENTROPY; the LP repeats and finishes."""
     for lp in range(3):
         bench.call(lp, CLEANUP)
     bench.entropy.failures["pconfig"] = 1

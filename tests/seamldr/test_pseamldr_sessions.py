@@ -16,37 +16,42 @@ EBADCALL = Return(SeamldrStatus.EBADCALL, 0)
 MakeBench = Callable[..., LoaderBench]
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 44)
 def test_same_lp_twice(bench: LoaderBench) -> None:
-    """row-44: an LP that calls twice gets EBADCALL the second time; the session stays open with count 1."""
+    """An LP that calls twice gets EBADCALL the second time; the session stays open with count 1."""
     assert bench.install_placed(bench.place(published("1.5.08")), lps=(0, 0)) == [OK, EBADCALL]
     assert (bench.state.update_bitmap, bench.state.current_flow) == ({0}, Flow.INSTALL)
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 45)
 def test_after_shutdown(make_bench: MakeBench) -> None:
-    """row-45: INSTALL after a SHUTDOWN call is EBADCALL and opens nothing."""
+    """INSTALL after a SHUTDOWN call is EBADCALL and opens nothing."""
     bench = make_bench()
     bench.call(0, SeamldrLeaf.SHUTDOWN)
     assert bench.call(1, SeamldrLeaf.INSTALL, PARAMS_PA) == EBADCALL
     assert (bench.state.update_bitmap, bench.state.current_flow) == (set(), Flow.SHUTDOWN)
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 46)
 def test_during_cleanup(bench: LoaderBench) -> None:
-    """row-46: INSTALL during a CLEANUP session is EBADCALL and opens nothing."""
+    """INSTALL during a CLEANUP session is EBADCALL and opens nothing."""
     bench.call(0, SeamldrLeaf.CLEANUP)
     assert bench.call(1, SeamldrLeaf.INSTALL, PARAMS_PA) == EBADCALL
     assert (bench.state.update_bitmap, bench.state.current_flow) == (set(), Flow.CLEANUP)
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 47)
 @pytest.mark.parametrize("lp", [1024, 0xFFFF_FFFF])
 def test_x2apic_too_large(bench: LoaderBench, lp: int) -> None:
-    """row-47: x2APIC ID 1024 and above is EUNSPECERR, and the module stays callable."""
+    """X2APIC ID 1024 and above is EUNSPECERR, and the module stays callable."""
     before = Before(bench)
     assert bench.call(lp, SeamldrLeaf.INSTALL, PARAMS_PA) == Return(SeamldrStatus.EUNSPECERR, 0)
     before.assert_restored()
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 48)
 def test_only_the_last_rcx_counts(bench: LoaderBench) -> None:
-    """row-48: LPs before the last may pass anything in RCX."""
+    """LPs before the last may pass anything in RCX."""
     before, image = Before(bench), published("1.5.08")
     params = bench.place(image)
     assert [bench.install_placed(params, (lp,), rcx)[0] for lp, rcx in enumerate((1, 0x4000_0000, 1 << 63))] == [OK] * 3
@@ -54,8 +59,9 @@ def test_only_the_last_rcx_counts(bench: LoaderBench) -> None:
     before.assert_installed(image)
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 49)
 def test_last_rcx_bad(bench: LoaderBench) -> None:
-    """row-49: a bad RCX on the last LP is EBADPARAM there only, and the old module is restored."""
+    """A bad RCX on the last LP is EBADPARAM there only, and the old module is restored."""
     before = Before(bench)
     params = bench.place(published("1.5.08"))
     assert bench.install_placed(params, (0, 1, 2)) == [OK] * 3
@@ -63,8 +69,10 @@ def test_last_rcx_bad(bench: LoaderBench) -> None:
     before.assert_restored()
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 50)
+@pytest.mark.conformance("Image files", 127)
 def test_one_lp_missing(bench: LoaderBench) -> None:
-    """row-50 and row-127: three of four LPs succeed, the session stays open and no LP reaches the module."""
+    """Three of four LPs succeed, the session stays open and no LP reaches the module."""
     assert bench.install_placed(bench.place(published("1.5.08")), (2, 0, 3)) == [OK] * 3
     assert bench.state.current_flow is Flow.INSTALL
     assert not bench.module_callable()
@@ -72,8 +80,9 @@ def test_one_lp_missing(bench: LoaderBench) -> None:
         assert bench.call(1, leaf) == Return(SeamldrStatus.EBADCALL)
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 51)
 def test_missing_lp_comes(bench: LoaderBench) -> None:
-    """row-51: the missing LP completes the session with its own call."""
+    """The missing LP completes the session with its own call."""
     before, image = Before(bench), published("1.5.08")
     params = bench.place(image)
     bench.install_placed(params, (2, 0, 3))
@@ -81,8 +90,9 @@ def test_missing_lp_comes(bench: LoaderBench) -> None:
     before.assert_installed(image)
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 52)
 def test_new_session_after_failure(bench: LoaderBench) -> None:
-    """row-52: after a recoverable failure all LPs call again, and it works."""
+    """After a recoverable failure all LPs call again, and it works."""
     before, image = Before(bench), published("1.5.08")
     params = bench.place(image)
     bench.install_placed(params, (0, 1, 2, 3), 0x1001)
@@ -113,8 +123,9 @@ def test_first_call_withdraws_the_module(bench: LoaderBench) -> None:
     assert bench.state.seamextend_snapshot == old
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 112)
 def test_params_copied_once(make_bench: MakeBench) -> None:
-    """row-112: a params page that is rewritten after the last LP copied it changes nothing."""
+    """A params page that is rewritten after the last LP copied it changes nothing."""
     bench = make_bench()
     image = published("1.5.06")
     bench.memory.after_read = {PARAMS_PA: lambda: bench.memory.write(PARAMS_PA, b"\xff" * 4096)}
@@ -122,8 +133,9 @@ def test_params_copied_once(make_bench: MakeBench) -> None:
     assert bench.memory.read(PARAMS_PA, 4) == b"\xff" * 4
 
 
+@pytest.mark.conformance("P-SEAMLDR calls", 113)
 def test_module_page_copied_once(make_bench: MakeBench) -> None:
-    """row-113: a module page that is rewritten after it was copied changes nothing."""
+    """A module page that is rewritten after it was copied changes nothing."""
     bench = make_bench()
     image = published("1.5.06")
     bench.memory.after_read = {MODULE_PA: lambda: bench.memory.write(MODULE_PA, bytes(4096))}

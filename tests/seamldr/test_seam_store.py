@@ -33,7 +33,7 @@ def test_the_newest_record_of_a_name_survives_reopening() -> None:
     ram = memory()
     store = SeamStore(ram, BASE, SIZE)
     for name, data in (("a", b"1"), ("b", b"two"), ("a", b"three"), ("größe", bytes(20))):
-        store.put(name, data)
+        store.commit({name: data})
     assert store.records() == reopened(ram) == {"a": b"three", "b": b"two", "größe": bytes(20)}
 
 
@@ -41,18 +41,18 @@ def test_a_record_without_data_is_gone() -> None:
     """Empty data deletes a name, also for those who reopen."""
     ram = memory()
     store = SeamStore(ram, BASE, SIZE)
-    store.put("a", b"1")
-    store.put("a", b"")
+    store.commit({"a": b"1"})
+    store.commit({"a": b""})
     assert store.records() == reopened(ram) == {}
 
 
 def test_what_has_not_changed_is_not_written() -> None:
-    """Putting the same data again moves nothing."""
+    """Keeping the same data again moves nothing; nor does deleting what is not there."""
     ram = memory()
     store = SeamStore(ram, BASE, SIZE)
-    store.put("a", b"1")
+    store.commit({"a": b"1"})
     before = ram.read(0, ram.size)
-    store.put("a", b"1")
+    store.commit({"a": b"1", "b": b""})
     assert ram.read(0, ram.size) == before
 
 
@@ -83,15 +83,15 @@ def test_a_torn_tail_is_as_if_it_had_not_been_written() -> None:
     """Bytes behind the end word, whole record or part of it, are nothing; the next record takes their place."""
     ram = MortalMemory.private(3 * 4096)
     store = SeamStore(ram, BASE, SIZE)
-    store.put("a", b"old")
+    store.commit({"a": b"old"})
     ram.left = 1
     with pytest.raises(Killed):
-        store.put("a", b"new")
+        store.commit({"a": b"new"})
     ram.left = 1 << 30
     assert b"new" in ram.read(BASE, SIZE)
     successor = SeamStore(ram, BASE, SIZE)
     assert successor.records() == {"a": b"old"}
-    successor.put("b", b"next")
+    successor.commit({"b": b"next"})
     assert b"new" not in ram.read(BASE, SIZE)
     assert reopened(ram) == {"a": b"old", "b": b"next"}
 
@@ -101,7 +101,7 @@ def test_a_full_log_is_written_again_with_the_newest_only() -> None:
     ram = memory()
     store = SeamStore(ram, BASE, SIZE)
     for number in range(500):
-        store.put(f"name {number % 3}", number.to_bytes(16, "little"))
+        store.commit({f"name {number % 3}": number.to_bytes(16, "little")})
         assert reopened(ram) == store.records()
     assert store.records() == {f"name {number % 3}": number.to_bytes(16, "little") for number in (497, 498, 499)}
     assert ram.read(BASE + SIZE, 4096) == bytes(4096) and ram.read(0, BASE) == bytes(BASE)
@@ -112,31 +112,47 @@ def test_deleted_names_take_no_room_after_compaction() -> None:
     ram = memory()
     store = SeamStore(ram, BASE, SIZE)
     for number in range(200):
-        store.put(f"name {number}", b"x" * 20)
-        store.put(f"name {number}", b"")
+        store.commit({f"name {number}": b"x" * 20})
+        store.commit({f"name {number}": b""})
     assert reopened(ram) == {}
 
 
 def test_what_does_not_fit_is_an_error() -> None:
-    """If the newest records alone are too large, put says so."""
-    store = SeamStore(memory(), BASE, SIZE)
-    store.put("a", bytes(150))
+    """If the newest records alone are too large, commit says so, and what was there before stays."""
+    ram = memory()
+    store = SeamStore(ram, BASE, SIZE)
+    store.commit({"a": bytes(150)})
     with pytest.raises(SeamStoreFullError, match="does not fit 252"):
-        store.put("b", bytes(150))
+        store.commit({"b": bytes(150)})
+    assert store.records() == reopened(ram) == {"a": bytes(150)}
 
 
-def survivors(puts: list[tuple[str, bytes]], death: int) -> tuple[dict[str, bytes], list[dict[str, bytes]]]:
-    """What is found after a writer of `puts` was killed before its write number `death`, and what may be found."""
+def test_an_erased_log_is_empty() -> None:
+    """As after a power cycle: nothing is found any more, and new records have their place."""
+    ram = memory()
+    store = SeamStore(ram, BASE, SIZE)
+    store.commit({"a": b"old"})
+    store.erase()
+    assert store.records() == reopened(ram) == {}
+    store.commit({"b": b"new"})
+    assert store.records() == reopened(ram) == {"b": b"new"}
+
+
+Records = dict[str, bytes]
+
+
+def survivors(commits: list[Records], death: int) -> tuple[Records, list[Records]]:
+    """What is found after a writer was killed before its write number `death`, and what may be found."""
     ram = MortalMemory.private(3 * 4096)
     store = SeamStore(ram, BASE, SIZE)
     ram.left = death
-    now: dict[str, bytes] = {}
+    now: Records = {}
     allowed = [now]
     try:
-        for name, data in puts:
-            following = {key: value for key, value in (now | {name: data}).items() if value}
+        for commit in commits:
+            following = {key: value for key, value in (now | commit).items() if value}
             allowed = [now, following]
-            store.put(name, data)
+            store.commit(commit)
             now = following
             allowed = [now]
     except Killed:
@@ -145,16 +161,19 @@ def survivors(puts: list[tuple[str, bytes]], death: int) -> tuple[dict[str, byte
     return reopened(ram), allowed
 
 
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.binary(max_size=40)), max_size=30), st.integers(0, 80))
-def test_a_writer_killed_at_any_write_leaves_the_old_or_the_new(puts: list[tuple[str, bytes]], death: int) -> None:
-    """Whoever takes over finds the records before the last put or after it, never anything else."""
-    found, allowed = survivors(puts, death)
+@given(
+    st.lists(st.dictionaries(st.sampled_from("abc"), st.binary(max_size=40), max_size=3), max_size=30),
+    st.integers(0, 80),
+)
+def test_a_writer_killed_at_any_write_leaves_the_old_or_the_new(commits: list[Records], death: int) -> None:
+    """Whoever takes over finds the records before the last commit or all of them after it, never some of each."""
+    found, allowed = survivors(commits, death)
     assert found in allowed
 
 
 def test_a_writer_killed_while_it_writes_the_log_again_loses_nothing() -> None:
     """Over several compactions, death before each single write in turn."""
-    puts = [("abc"[number % 3], bytes([number]) * 30) for number in range(40)]
+    commits = [{"abc"[(number + n) % 3]: bytes([number]) * 30 for n in range(2)} for number in range(40)]
     for death in range(90):
-        found, allowed = survivors(puts, death)
+        found, allowed = survivors(commits, death)
         assert found in allowed, death

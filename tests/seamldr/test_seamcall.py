@@ -22,6 +22,7 @@ from seamldr.seamcall import (
     TdxModuleArgs,
     sc_retry,
     seamcall_prerr,
+    seamcall_prerr_ret,
     seamcall_ret,
 )
 from seamldr.status import SeamldrLeaf
@@ -101,6 +102,21 @@ def test_module_calls_are_logged_under_their_own_name() -> None:
     cpu = ScriptedCpu(entered(1))
     assert run(seamcall_prerr(cast(Cpu, cpu), TdhLeaf.TDH_SYS_UPDATE, ARGS)) == -EIO
     assert cpu.log == ["virt/tdx: SEAMCALL (0x0000000000000035) failed: 0x0000000000000001"]
+
+
+def test_the_form_with_registers_logs_them_too() -> None:
+    """An error of SEAM is three lines: the status, then the registers as they came back; VMfailInvalid is none."""
+    answer = SeamReply(True, 1, (0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77))
+    cpu = ScriptedCpu(answer)
+    assert run(seamcall_prerr_ret(cast(Cpu, cpu), 0x22, ARGS)) == (-EIO, answer.registers)
+    assert cpu.log == [
+        "virt/tdx: SEAMCALL (0x0000000000000022) failed: 0x0000000000000001",
+        "virt/tdx: RCX 0x0000000000000011 RDX 0x0000000000000022 R08 0x0000000000000033",
+        "virt/tdx: R09 0x0000000000000044 R10 0x0000000000000055 R11 0x0000000000000066",
+    ]
+    quiet = ScriptedCpu(SeamReply(False, 0x22, ()))
+    assert run(seamcall_prerr_ret(cast(Cpu, quiet), 0x22, ARGS))[0] == -ENODEV
+    assert quiet.log == []
 
 
 @pytest.mark.parametrize("dry", [0, 1, RDRAND_RETRY_LOOPS - 1])

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from pseamldr_bench import KEY, PUBLISHED_SHAPES, TRUSTED, manifest, other_key, published
 
-from seamldr.manifest import ManifestContext, check_manifest, verdicts
+from seamldr.manifest import ManifestContext, check_manifest, manifest_rules, verdicts
 from seamldr.module_maker import resign
 from seamldr.platform import LoaderProfile, Platform
 from seamldr.sigstruct import (
@@ -73,42 +73,45 @@ def test_round_trip() -> None:
         SigStruct.decode(data[:-1])
 
 
+RULES: list[tuple[int, SeamldrStatus, dict[str, Any]]] = [
+    (1, EBADSIG, {"reserved0": b"\1" + bytes(87)}),
+    (1, EBADSIG, {"reserved1": bytes(5) + b"\1"}),
+    (1, EBADSIG, {"reserved2": 0x80}),
+    (1, EBADSIG, {"reserved3": bytes(23) + b"\1"}),
+    (2, EBADSIG, {"header_type": 5}),
+    (2, EBADSIG, {"header_length": 0xE0}),
+    (2, EBADSIG, {"header_version": 0x2_0000}),
+    (3, EBADSIG, {"key_size": 0x40}),
+    (3, EBADSIG, {"modulus_size": 0x40}),
+    (3, EBADSIG, {"exponent_size": 2}),
+    (4, EBADSIG, {"module_vendor": 0x1022}),
+    (4, EBADSIG, {"module_type": 0x8000_0001}),
+    (4, EBADSIG, {"attributes": 1 << 63}),
+    (5, EBADSIG, {"size": 0x1FF}),
+    (6, EBADSIG, {"cpuid_table_size": 256}),
+    (7, EBADSIG, {"exponent": 3}),
+    (8, EBADSIG, {"min_update_hv": 2, "module_hv": 1}),
+    (9, EBADSIG, {"gdt_idt_offset": 0x5A800}),
+    (10, EBADSIG, {"gdt_idt_offset": 0}),
+    (10, EBADSIG, {"fault_wrapper_offset": 0}),
+    (12, EBADSIG, {"module_type": 0x8000_0000}),
+    (13, EUNSUPPORTED, {"svn_major": 0}),
+    (15, EBADSIG, {"gdt_idt_offset": IMAGE_SIZE}),
+    (15, EBADSIG, {"gdt_idt_offset": 0xFFFF_F000}),
+    (16, EBADSIG, {"fault_wrapper_offset": IMAGE_SIZE - 511}),
+    (17, EUNSUPCPU, {"cpuid_table": pack_cpuid_table((0x806F8, 0xA06F0, 0xB06F0))}),
+    (18, EBADSIG, {"cpuid_table_size": 0}),
+    (0, OK, {"gdt_idt_offset": 0, "fault_wrapper_offset": 0}),
+    (0, OK, {"gdt_idt_offset": IMAGE_SIZE - 4096}),
+    (0, OK, {"fault_wrapper_offset": IMAGE_SIZE - 512}),
+    (0, OK, {"cpuid_table_size": 255, "cpuid_table": pack_cpuid_table((0,) * 254 + (0xC06F0,))}),
+    (0, OK, {"max_tdmrs": 0xFFFF, "rip_offset": 0xFFFF_FFFF, "date": 0, "no_downgrade": 0xFF}),
+]
+
+
+@pytest.mark.conformance("Module manifests")
 @pytest.mark.parametrize(
-    ("rule", "status", "fields"),
-    [
-        (1, EBADSIG, {"reserved0": b"\1" + bytes(87)}),
-        (1, EBADSIG, {"reserved1": bytes(5) + b"\1"}),
-        (1, EBADSIG, {"reserved2": 0x80}),
-        (1, EBADSIG, {"reserved3": bytes(23) + b"\1"}),
-        (2, EBADSIG, {"header_type": 5}),
-        (2, EBADSIG, {"header_length": 0xE0}),
-        (2, EBADSIG, {"header_version": 0x2_0000}),
-        (3, EBADSIG, {"key_size": 0x40}),
-        (3, EBADSIG, {"modulus_size": 0x40}),
-        (3, EBADSIG, {"exponent_size": 2}),
-        (4, EBADSIG, {"module_vendor": 0x1022}),
-        (4, EBADSIG, {"module_type": 0x8000_0001}),
-        (4, EBADSIG, {"attributes": 1 << 63}),
-        (5, EBADSIG, {"size": 0x1FF}),
-        (6, EBADSIG, {"cpuid_table_size": 256}),
-        (7, EBADSIG, {"exponent": 3}),
-        (8, EBADSIG, {"min_update_hv": 2, "module_hv": 1}),
-        (9, EBADSIG, {"gdt_idt_offset": 0x5A800}),
-        (10, EBADSIG, {"gdt_idt_offset": 0}),
-        (10, EBADSIG, {"fault_wrapper_offset": 0}),
-        (12, EBADSIG, {"module_type": 0x8000_0000}),
-        (13, EUNSUPPORTED, {"svn_major": 0}),
-        (15, EBADSIG, {"gdt_idt_offset": IMAGE_SIZE}),
-        (15, EBADSIG, {"gdt_idt_offset": 0xFFFF_F000}),
-        (16, EBADSIG, {"fault_wrapper_offset": IMAGE_SIZE - 511}),
-        (17, EUNSUPCPU, {"cpuid_table": pack_cpuid_table((0x806F8, 0xA06F0, 0xB06F0))}),
-        (18, EBADSIG, {"cpuid_table_size": 0}),
-        (0, OK, {"gdt_idt_offset": 0, "fault_wrapper_offset": 0}),
-        (0, OK, {"gdt_idt_offset": IMAGE_SIZE - 4096}),
-        (0, OK, {"fault_wrapper_offset": IMAGE_SIZE - 512}),
-        (0, OK, {"cpuid_table_size": 255, "cpuid_table": pack_cpuid_table((0,) * 254 + (0xC06F0,))}),
-        (0, OK, {"max_tdmrs": 0xFFFF, "rip_offset": 0xFFFF_FFFF, "date": 0, "no_downgrade": 0xFF}),
-    ],
+    ("rule", "status", "fields"), RULES, ids=[f"row-rule{rule}" if rule else "fine" for rule, _, _ in RULES]
 )
 def test_rule(rule: int, status: SeamldrStatus, fields: dict[str, Any]) -> None:
     """A validly signed manifest with one defect breaks exactly the rule that is meant for it."""
@@ -117,6 +120,7 @@ def test_rule(rule: int, status: SeamldrStatus, fields: dict[str, Any]) -> None:
     assert check_manifest(sigstruct, context()) == status
 
 
+@pytest.mark.conformance("Module manifests", "rule11")
 def test_untrusted_signer() -> None:
     """Rule 11: a valid signature by another key does not help."""
     sigstruct = manifest(resign(published("1.5.08"), other_key()))
@@ -131,6 +135,7 @@ def test_intel_is_always_trusted() -> None:
     assert not Platform().trusts(TRUSTED)
 
 
+@pytest.mark.conformance("Module manifests", "rule19")
 @pytest.mark.parametrize("value", ["zero", "one", "n-1", "n", "all-ones", "twice"])
 def test_signature_values(value: str) -> None:
     """Degenerate signatures, and the good one plus the modulus, do not verify."""
@@ -161,7 +166,8 @@ TAMPERING: dict[range, tuple[int, SeamldrStatus]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("where", "verdict"), TAMPERING.items(), ids=lambda v: f"{v[0]}-{v[-1]}")
+@pytest.mark.conformance("Module manifests")
+@pytest.mark.parametrize(("where", "verdict"), TAMPERING.items(), ids=[f"row-bytes{w[0]}_{w[-1]}" for w in TAMPERING])
 def test_tampering(where: range, verdict: tuple[int, SeamldrStatus]) -> None:
     """Flipping bit 0 of any byte gives this verdict by this rule."""
     data = bytearray(published("1.5.08").sigstruct)
@@ -193,7 +199,8 @@ PLATFORMS = [
 ]
 
 
-@pytest.mark.parametrize("row", PLATFORMS, ids=lambda row: f"{row[0]:X}-{row[1]}")
+@pytest.mark.conformance("Module manifests")
+@pytest.mark.parametrize("row", PLATFORMS, ids=lambda row: f"row-{row[0]:X}_{row[1]}")
 @pytest.mark.parametrize("version", PUBLISHED_SHAPES)
 def test_load_by_platform(row: tuple[Any, ...], version: str) -> None:
     """A fresh LOAD of each published shape on each processor."""
@@ -213,6 +220,7 @@ def expected_update(old: str, new: str, profile: LoaderProfile) -> SeamldrStatus
     return EBADSIG if new_minor < old_minor else OK
 
 
+@pytest.mark.conformance("Module manifests", "rule14")
 @pytest.mark.parametrize("profile", [P15, P20])
 @pytest.mark.parametrize("new", PUBLISHED_SHAPES)
 @pytest.mark.parametrize("old", PUBLISHED_SHAPES)
@@ -226,6 +234,7 @@ def test_update_between(old: str, new: str, profile: LoaderProfile) -> None:
     assert check_manifest(manifest(image), where) == expected_update(old, new, profile)
 
 
+@pytest.mark.conformance("Module manifests", "rule14")
 @pytest.mark.parametrize(
     ("svn", "dirty", "status"),
     [
@@ -255,6 +264,17 @@ def test_p20_version_bytes(offset: int, rule: int) -> None:
     reserved3[offset - 1000] = 8
     sigstruct = manifest(resign(published("1.5.08"), KEY, reserved3=bytes(reserved3)))
     assert first_rule(sigstruct, context(platform=platform(P20)))[0] == rule
+
+
+def test_rules_of_the_first_loader() -> None:
+    """It knows neither handoff versions nor an interrupt table, and compares one SVN of 16 bits."""
+    assert [rule.number for rule in manifest_rules(LoaderProfile.P10)] == [1, 2, 3, 4, 5, 6, 7, 11, 12, 14, 17, 19]
+    old = msgspec.structs.replace(
+        GOOD, num_handoff_pages=0, gdt_idt_offset=0, fault_wrapper_offset=0, min_update_hv=0, svn_major=0
+    )
+    update = context(Scenario.UPDATE, 0x0008, platform=platform(LoaderProfile.P10))
+    assert first_rule(old, update) == (14, EBADSIG)
+    assert first_rule(msgspec.structs.replace(old, svn_major=2), update) == (19, EBADSIG)
 
 
 def test_key_files() -> None:

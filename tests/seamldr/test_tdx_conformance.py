@@ -538,6 +538,7 @@ CASES = [
 ]
 
 
+@pytest.mark.conformance("TDX module calls")
 @pytest.mark.parametrize(("expected", "function"), CASES)
 def test_status(expected: tuple[int, ...], function: Row) -> None:
     """The call of the row ends with exactly the RAX of the row."""

@@ -313,13 +313,13 @@ def test_a_page_is_removed_after_block_and_track() -> None:
     assert host.call(0, L.TDH_MEM_SEPT_ADD, rcx=0x20_0000 | 1, rdx=td.tdr, r8=next(host.pages)) == 0
     assert host.call(0, L.TDH_MEM_SEPT_ADD, rcx=0x20_0000, rdx=td.tdr, r8=page) == OPERAND_INVALID | 1
     assert host.call(0, L.TDH_MEM_PAGE_AUG, **where, r8=page) == 0
-    assert host.call(0, L.TDH_MEM_PAGE_REMOVE, **where) == TdxStatus.TDX_GPA_RANGE_NOT_BLOCKED
+    assert host.call(0, L.TDH_MEM_PAGE_REMOVE, **where) == TdxStatus.TDX_GPA_RANGE_NOT_BLOCKED | 1
     assert host.enter(1, td.vcpus[0]) == 0
     assert host.call(0, L.TDH_MEM_RANGE_BLOCK, **where) == 0
     assert host.call(0, L.TDH_MEM_RANGE_BLOCK, **where) == TdxStatus.TDX_EPT_ENTRY_STATE_INCORRECT | 1
-    assert host.call(0, L.TDH_MEM_PAGE_REMOVE, **where) == TdxStatus.TDX_TLB_TRACKING_NOT_DONE
+    assert host.call(0, L.TDH_MEM_PAGE_REMOVE, **where) == TdxStatus.TDX_TLB_TRACKING_NOT_DONE | 1
     assert host.call(0, L.TDH_MEM_TRACK, rcx=td.tdr) == 0
-    assert host.call(0, L.TDH_MEM_RANGE_UNBLOCK, **where) == TdxStatus.TDX_TLB_TRACKING_NOT_DONE
+    assert host.call(0, L.TDH_MEM_RANGE_UNBLOCK, **where) == TdxStatus.TDX_TLB_TRACKING_NOT_DONE | 1
     host.tdx.td_exit(1, ExitReason.EPT_VIOLATION)
     assert host.call(0, L.TDH_MEM_RANGE_UNBLOCK, **where) == 0
     assert host.call(0, L.TDH_MEM_RANGE_BLOCK, **where) == 0

@@ -65,6 +65,10 @@ OPERANDS = {
     TdhLeaf.TDH_SYS_LP_SHUTDOWN: (),
     TdhLeaf.TDH_SYS_CONFIG: ("buffer", "number", "hkid"),
     TdhLeaf.TDH_SYS_UPDATE: (),
+    TdhLeaf.TDH_MEM_PAGE_PROMOTE: ("gpa", "td"),
+    TdhLeaf.TDH_MEM_SEPT_REMOVE: ("gpa", "td"),
+    TdhLeaf.TDH_PHYMEM_PAMT_ADD: ("page", "page", "page"),
+    TdhLeaf.TDH_PHYMEM_PAMT_REMOVE: ("page",),
 }
 KINDS = ("td", "vcpu", "page", "gpa", "hkid", "field", "number", "buffer")
 FIELDS = [field.id for table in (TD_FIELDS, VCPU_FIELDS) for field in table.all()]

@@ -31,6 +31,9 @@ from seamldr.tdx_platform import HandoffParams
 from seamldr.tdx_state import NO_LP, GuestMemory, LifeCycle, SysState
 from seamldr.tdx_status import TdxStatus
 
+pytestmark = pytest.mark.conformance("TDX module calls")
+"""Of the functions whose name says which sequence they show."""
+
 UPGRADES = [
     pytest.param(HV0, HV0_NEXT, id="hv0-to-hv0"),
     pytest.param(HV0, HV1, id="hv0-to-hv1"),

@@ -98,7 +98,7 @@ TABLE: list[tuple[TdhLeaf, dict[str, int], list[tuple[TdxStatus, SysState]]]] = 
 ]
 
 CASES = [
-    pytest.param(leaf, registers, state, status, after, id=f"{leaf.name}-{state.name}")
+    pytest.param(leaf, registers, state, status, after, id=f"row-{leaf.name}_{state.name}")
     for leaf, registers, outcomes in TABLE
     for state, (status, after) in zip(SysState, outcomes, strict=True)
 ]
@@ -124,6 +124,7 @@ def host_in(state: SysState) -> Host:
     return host
 
 
+@pytest.mark.conformance("TDX module states")
 @pytest.mark.parametrize(("leaf", "registers", "state", "status", "after"), CASES)
 def test_a_system_leaf_answers_by_state(
     leaf: TdhLeaf, registers: dict[str, int], state: SysState, status: TdxStatus, after: SysState
@@ -134,7 +135,8 @@ def test_a_system_leaf_answers_by_state(
     assert host.state == after
 
 
-@pytest.mark.parametrize("state", SysState)
+@pytest.mark.conformance("TDX module states")
+@pytest.mark.parametrize("state", SysState, ids=lambda state: f"row-other_{state.name}")
 def test_all_other_leaves_need_a_ready_system(state: SysState) -> None:
     """A TD leaf reaches its handler in SYS_READY only."""
     host = host_in(state)
