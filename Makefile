@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check conformance bench clean
+.PHONY: setup demo test check conformance chaos bench clean
 
 .venv/.ready: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -25,6 +25,9 @@ check: setup
 
 conformance: setup
 	$(BIN)/python -m pytest --conformance=README.md -m conformance $$(grep -rl mark.conformance tests --include='test_*.py')
+
+chaos: setup
+	$(BIN)/python launcher.py chaos --rounds 200 --cpus 8
 
 bench: setup
 	$(BIN)/python tests/bench/run.py

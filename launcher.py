@@ -15,9 +15,10 @@ import trio
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bus.report import console_for, print_comparison, print_invariants, print_run, print_stories
+from bus.report import console_for, print_comparison, print_run, print_stories
 from bus.report_why import print_why, why_as_dict
 from bus.snapshot import RunError, look
+from kvm.analyze_command import add_analyze_arguments
 from kvm.chaos import Strike, run_chaos
 from kvm.chaos_command import add_chaos_arguments, read_plan
 from kvm.chaos_report import print_strikes
@@ -271,25 +272,6 @@ def _print_comparison(console: Console, summaries: dict[str, Summary]) -> None:
             console.print(f"{name}: {sentence}", style="yellow")
 
 
-# analyze
-
-
-def analyze_command(arguments: argparse.Namespace) -> int:
-    """Judge the records of a run again."""
-    run_dir = Path(arguments.run)
-    if not (run_dir / "records").is_dir():
-        raise TopologyError(f"{run_dir} is not a run directory: it has no records/")
-    summary = summarize_run(run_dir.resolve())
-
-    def tell(console: Console) -> None:
-        if arguments.check:
-            print_invariants(console, summary)
-        print_run(console, summary)
-
-    _show(arguments, summary, tell)
-    return exit_status(summary)
-
-
 # why
 
 
@@ -354,11 +336,7 @@ def _parser() -> Parser:
         "--matrix", action="store_true", help="strategies by situations, measured on machines stepped in process"
     )
     _machine_arguments(compare, seconds=1.5, updates=2)
-    analyze = commands.add_parser("analyze", help="judge the records of a run")
-    analyze.set_defaults(command=analyze_command)
-    analyze.add_argument("run", metavar="RUN", help="run directory")
-    analyze.add_argument("--check", action="store_true", help="also list every invariant with its verdict")
-    analyze.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    add_analyze_arguments(commands.add_parser("analyze", help="judge the records of a run again"))
     why = commands.add_parser("why", help="what each process waits for, and the cycle if there is one")
     why.set_defaults(command=why_command)
     why.add_argument("run", metavar="RUN", help="run directory, of a machine that runs or has ended")

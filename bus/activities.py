@@ -45,7 +45,7 @@ _ENDS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
 }
 """What a record ends, in the same way. Ends come before beginnings."""
 
-NOT_ITS_OWN = ("ipi_deliver", "hard_lockup", "refused")
+NOT_ITS_OWN = ("ipi_deliver", "soft_lockup", "hard_lockup", "lockup_over", "refused")
 """Events that a CPU's process writes while its kernel code stands still."""
 
 

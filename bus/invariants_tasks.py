@@ -8,7 +8,7 @@ from bus.shadow import Shadow, cpu_node
 from bus.waits import Ending
 
 HOTPLUG = ("offline", "online")
-REFUSALS = {-1: "EPERM", -4: "EINTR", -6: "ENXIO", -16: "EBUSY", -22: "EINVAL"}
+REFUSALS = {-1: "EPERM", -4: "EINTR", -6: "ENXIO", -16: "EBUSY", -19: "ENODEV", -22: "EINVAL"}
 """What a CPU that is to go or come may answer instead of 0."""
 
 

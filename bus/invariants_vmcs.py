@@ -184,7 +184,7 @@ class DomainsSurvive(Invariant):
     id = "I41"
     slug = "domains-survive"
     sentence = (
-        "TDs that lived before a successful update can be entered after it, with their contents; "
+        "TDs that lived before a successful update can be entered after it, with their contents, while SEAM lives; "
         "after a fatal one none can."
     )
     source = "TDX module, TDH.SYS.UPDATE; kernel tdx_module_run_update()"
@@ -200,6 +200,10 @@ class DomainsSurvive(Invariant):
         if self._flag is not None and record["initialized"] and not self._flag["initialized"]:
             self._updated = True
         self._flag = record
+
+    def on_seam_dead(self, record: Record, shadow: Shadow) -> None:
+        """SEAM is gone with a CPU, and every TD with it: no update is to blame."""
+        self._flag = None
 
     def on_td_enter(self, record: Record, shadow: Shadow) -> None:
         flag, status = self._flag, record["status"]

@@ -53,7 +53,7 @@ class NoLockup(Invariant):
             elif node in ending.stuck_nodes:
                 self.violated(f"{what}, for ever", ("watchdog", record), *ending.parts)
             else:
-                self.suspects.append(f"{what} since {record['stuck_s']} s before the watchdog said so: stuck or slow")
+                self.suspects.append(f"{what}, says the watchdog after {record['stuck_s']} s: stuck or slow")
 
 
 WATCHDOG_INVARIANTS: tuple[type[Invariant], ...] = (NoLockup,)

@@ -26,6 +26,7 @@ from typing import TypeAlias
 import msgspec
 
 from bus.messages import MAX_FRAME, MAX_MISSING, Body, Envelope, encode
+from bus.seal import Seal
 
 WINDOW = 1024
 """Frames of one link that may be unacknowledged on the wire; what is sent beyond it waits in order."""
@@ -82,9 +83,10 @@ class Refusal(enum.StrEnum):
     """Why a frame was dropped. None of these is an error of the process that received it."""
 
     OVERSIZED = "oversized"
-    UNDECODABLE = "undecodable"
     STRANGER = "stranger"
-    """The key is not this run's."""
+    """Not sealed with this run's key: noise, another run's, or changed on the way."""
+    UNDECODABLE = "undecodable"
+    """Sealed, but no message."""
     MISADDRESSED = "misaddressed"
     """Meant for another node, or for another incarnation of this one."""
     STALE_INCARNATION = "stale_incarnation"
@@ -94,6 +96,10 @@ class Refusal(enum.StrEnum):
     DEAD_INCARNATION = "dead_incarnation"
     INCONSISTENT = "inconsistent"
     """Numbers that this link cannot have: an acknowledgement of the unsent, a message beyond the window."""
+    FORBIDDEN = "forbidden"
+    """A message that such a sender has not to send, or not to this process."""
+    IMPOSSIBLE = "impossible"
+    """A message about what this machine has not: a CPU, a task, a page."""
 
 
 class Completion(enum.StrEnum):
@@ -124,12 +130,12 @@ class Link:
     """One pair of incarnations. The counters are for reading only."""
 
     __slots__ = (
-        "_ack_at", "_crowded", "_early", "_flying", "_gap_at", "_gap_wait", "_handed", "_highest", "_key", "_notice",
-        "_outbox", "_own", "_taken", "_timeout", "_told", "_waiting", "acknowledged", "active", "due", "duplicates",
+        "_ack_at", "_crowded", "_early", "_flying", "_gap_at", "_gap_wait", "_handed", "_highest", "_notice", "_outbox",
+        "_own", "_seal", "_taken", "_timeout", "_told", "_waiting", "acknowledged", "active", "due", "duplicates",
         "ended", "inward", "outward", "peer", "received", "reordered", "resent", "sent",
     )  # fmt: skip
 
-    def __init__(self, own: Identity, peer: Identity, key: bytes, outbox: Outbox, crowded: Crowded) -> None:
+    def __init__(self, own: Identity, peer: Identity, seal: Seal, outbox: Outbox, crowded: Crowded) -> None:
         self.peer = peer
         self.outward = f"{own.node}.{own.incarnation}>{peer.node}.{peer.incarnation}"
         self.inward = f"{peer.node}.{peer.incarnation}>{own.node}.{own.incarnation}"
@@ -137,7 +143,7 @@ class Link:
         self.active = False  # whether `Peers` has it among those with something due
         self.due = NEVER  # nothing is to be done for this link before this time
         self._own = own
-        self._key = key
+        self._seal = seal
         self._outbox = outbox
         self._crowded = crowded
 
@@ -194,12 +200,13 @@ class Link:
 
     def _encode(self, sequence: int, clock: int, body: Body | None, missing: tuple[int, ...] = ()) -> bytes:
         own, peer = self._own, self.peer
-        return encode(
-            Envelope(
-                self._key, own.node, own.incarnation, peer.node, peer.incarnation, sequence, self._taken, clock, body,
-                missing,
+        return self._seal.close(
+            encode(
+                Envelope(
+                    own.node, own.incarnation, peer.node, peer.incarnation, sequence, self._taken, clock, body, missing
+                )
             )
-        )  # fmt: skip
+        )
 
     def _transmit(self, frame: bytes, now: int) -> None:
         self._flying.append(Flight(frame, now, now))

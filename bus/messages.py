@@ -1,8 +1,8 @@
 """Everything that may travel on the bus: one closed, tagged union, one encoder, one strict decoder.
 
-A frame is an `Envelope` around at most one body. An unknown tag, a wrong type, a frame that is too long or one
-without the run's key is refused by `decode`, whole. New fields go last and have a default; the type of a field never
-changes.
+A frame is a seal (`bus.seal`) and an `Envelope` around at most one body. An unknown tag, a wrong type or a frame that
+is too long is refused by `decode`, whole. Who may send what is in `bus.admission`. New fields go last and have a
+default; the type of a field never changes.
 """
 
 from __future__ import annotations
@@ -373,14 +373,13 @@ Body = (
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One frame. Sequence numbers belong to the pair of incarnations, not to a socket.
+    """What is in a frame. Sequence numbers belong to the pair of incarnations, not to a socket.
 
     `sequence` counts from 1; 0 means that the frame carries nothing but an acknowledgement. `acknowledged` is the
     highest sequence number up to which the sender has everything that the receiver sent to it; `missing` are numbers
     that it does not have although it has later ones, in a frame that carries no message.
     """
 
-    key: Annotated[bytes, Meta(min_length=16, max_length=16)]
     source: Name
     source_incarnation: U32
     target: Name
@@ -397,12 +396,15 @@ _decoder = msgspec.msgpack.Decoder(Envelope)
 
 
 def encode(envelope: Envelope) -> bytes:
-    """The frame as bytes."""
+    """The envelope as bytes."""
     return _encoder.encode(envelope)
 
 
-def decode(frame: bytes) -> Envelope:
-    """The envelope in `frame`; raises `ValueError` (msgspec.DecodeError is one) on anything that is not exactly one."""
-    if len(frame) > MAX_FRAME:
-        raise ValueError(f"frame of {len(frame)} bytes is longer than {MAX_FRAME}")
-    return _decoder.decode(frame)
+def decode(content: bytes | memoryview) -> Envelope:
+    """The envelope in `content`; raises `ValueError` on anything that is not exactly one, however deep it is nested."""
+    if len(content) > MAX_FRAME:
+        raise ValueError(f"{len(content)} bytes are more than {MAX_FRAME}")
+    try:
+        return _decoder.decode(content)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None

@@ -7,29 +7,29 @@ link. Pure like `bus.link`: frames come in as bytes, frames to transmit collect 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from bus.link import NEVER, Completion, Crowded, Delivery, Identity, Link, Outbox, Refusal
 from bus.messages import MAX_FRAME, Body, Envelope, decode
+from bus.seal import Seal
 
-KEY_SIZE = 16
-"""Bytes of the key that all processes of a run share."""
+Admit = Callable[[str, Body], Refusal | None]
+"""Whether a message may come from that node, and can be meant."""
 
 MEMBER_STATES = ("online", "offline", "dead")
 
 
 class Peers:
-    """The links of `own`.
+    """The links of `own`. `admit`, if given, is asked about every message.
 
     A link exists from the first `member` record of its peer's incarnation, or from the first `send` to a node that no
     record has named yet, which is taken for incarnation 1. Nodes that are expected may speak first.
     """
 
-    def __init__(self, own: Identity, key: bytes) -> None:
-        if len(key) != KEY_SIZE:
-            raise ValueError(f"the key has {len(key)} bytes, not {KEY_SIZE}")
+    def __init__(self, own: Identity, key: bytes, admit: Admit | None = None) -> None:
         self.own = own
-        self.key = key
+        self._seal = Seal(key)
+        self._admit = admit
         self.outbox: Outbox = []
         self.crowded: Crowded = []
         self.refused: dict[str, int] = {}
@@ -69,7 +69,7 @@ class Peers:
         return None if link is None or link.ended else link.peer.incarnation
 
     def _create(self, peer: Identity) -> Link:
-        link = Link(self.own, peer, self.key, self.outbox, self.crowded)
+        link = Link(self.own, peer, self._seal, self.outbox, self.crowded)
         self._current[peer.node] = link
         self._every[link.outward] = link
         return link
@@ -86,22 +86,23 @@ class Peers:
         self._note(link)
         return message_id
 
-    def receive(self, frame: bytes, now: int) -> Refusal | None:
+    def receive(self, frame: bytes | memoryview, now: int) -> Refusal | None:
         """Take in one frame; what becomes deliverable waits for `hand_over`. A refused frame changes nothing."""
         refusal = self._receive(frame, now)
         if refusal is not None:
             self._count(refusal)
         return refusal
 
-    def _receive(self, frame: bytes, now: int) -> Refusal | None:
+    def _receive(self, frame: bytes | memoryview, now: int) -> Refusal | None:
         if len(frame) > MAX_FRAME:
             return Refusal.OVERSIZED
-        try:
-            envelope = decode(frame)
-        except (ValueError, RecursionError):
-            return Refusal.UNDECODABLE
-        if envelope.key != self.key:
+        content = self._seal.open(frame)
+        if content is None:
             return Refusal.STRANGER
+        try:
+            envelope = decode(content)
+        except ValueError:
+            return Refusal.UNDECODABLE
         if envelope.target != self.own.node or envelope.target_incarnation != self.own.incarnation:
             return Refusal.MISADDRESSED
         link = self._current.get(envelope.source)
@@ -113,6 +114,10 @@ class Peers:
             return Refusal.STALE_INCARNATION
         if link.ended:
             return Refusal.DEAD_INCARNATION
+        if self._admit is not None and envelope.body is not None:
+            refusal = self._admit(envelope.source, envelope.body)
+            if refusal is not None:
+                return refusal
         if not link.receive(envelope, now, self.deliverable):
             return Refusal.INCONSISTENT
         self._note(link)

@@ -53,13 +53,14 @@ def print_run(console: Console, summary: Summary) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
-    for name, value in _rows(summary):
-        table.add_row(name, value)
+    for name, value in summary_rows(summary):
+        table.add_row(name, value if isinstance(value, Text) else Text(value))
     console.print(table)
     print_stories(console, summary)
 
 
-def _rows(summary: Summary) -> Iterable[tuple[str, Text | str]]:
+def summary_rows(summary: Summary) -> Iterable[tuple[str, Text | str]]:
+    """Names and values of a run's table; a name may come several times."""
     vmx, lock, seconds, exposures = (summary[key] for key in ("vmx", "lock", "seconds", "exposures"))
     guests, ipis, processes, cost = (summary[key] for key in ("guests", "ipis", "processes", "cost"))
     waits = lock["wait_us"]

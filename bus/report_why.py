@@ -21,6 +21,9 @@ SINGLE_ROWS = 16
 LOCKUPS = 3
 """Lockups of one kind that are shown in the kernel's words."""
 
+ROOTS = 5
+"""Processes to which waits lead that are shown, those with the most behind them."""
+
 RANGES = 8
 """Ranges of nodes that are named; the others are counted."""
 
@@ -95,7 +98,7 @@ def _alive(state: str) -> str:
 def _who(rows: Sequence[Row]) -> str:
     """The process with its pid, or all of a group: "cpu2-cpu9, cpu12 (9)"."""
     if len(rows) == 1:
-        return f"{rows[0].node} [{rows[0].pid}]"
+        return f"{rows[0].node} [{rows[0].pid}]" if rows[0].pid else rows[0].node
     return f"{nodes_text([row.node for row in rows])} ({len(rows)})"
 
 
@@ -223,8 +226,8 @@ def _conclusions(why: Why) -> Iterable[Text]:
         yield Text(f"\nDeadlock: {ring}. No time will end this.", style="bold red")
         if why.behind_cycle:
             yield Text(f"Behind it: {nodes_text(why.behind_cycle)}.", style="red")
-    for root in why.roots[:5]:
-        yield Text(f"\n{_root(root)}", style="bold" if root.state in COLORS else "")
+    for number, root in enumerate(why.roots[:ROOTS]):
+        yield Text(("" if number else "\n") + _root(root), style="bold" if root.state in COLORS else "")
 
 
 def _root(root: Root) -> str:

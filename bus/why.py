@@ -255,7 +255,9 @@ class Inquiry:
             return "stands still"
         if not said:
             answers = {wait["name"]: wait["what"] for wait in self._shadow.waiting}
-            return "no answer" if answers.get(node) == NO_ANSWER else "alive" if self._shadow.ended else "gone"
+            if answers.get(node) == NO_ANSWER:
+                return "no answer"
+            return "alive" if self._shadow.ended else "gone" if node in self._did.last else "unknown"
         return said
 
     def _stands(self, node: str, standing: Record) -> bool:

@@ -113,11 +113,20 @@ class SteppedMachine:
     def kill(self, number: int) -> None:
         """The CPU's process is no more, at whatever operation it was; all others hear of it."""
         self.dead.add(number)
-        self._waiting.pop(number, None)
+        self.drop(number)
         self.memory.store(per_cpu(number).dead, 1, self.cpus[number].clock.now)
         self.asleep.clear()
         for cpu in self.cpus:
             cpu.take_what_waits()
+
+    def drop(self, number: int) -> None:
+        """What the CPU runs comes to no end."""
+        self._waiting.pop(number, None)
+        loop = self.loops[number]
+        for frame in reversed(loop.stack):
+            frame.body.close()
+        for thread in loop.threads():
+            thread.body.close()
 
     def bear(self, number: int) -> None:
         """A new process in the place of a dead one: hardware as after INIT, and RAM as it is."""

@@ -76,6 +76,8 @@ async def _strike(machine: Machine, strike: Strike) -> None:
 
 
 def _node(fault: Fault, standstill: Standstill | None) -> str:
+    if fault.do == "links":
+        return "the bus"
     if fault.target != SUBJECT or standstill is None:
         return fault.target
     return standstill.node if standstill.cpu is None else f"cpu{standstill.cpu}"

@@ -17,6 +17,7 @@ from kvm.campaign import Round, rounds, run_round, shrink
 from kvm.chaos_report import print_points, print_rounds, print_strikes
 from kvm.plan import Plan, PlanError, parse_plan
 from kvm.summary import SAFE, UNFINISHED, VIOLATED, summarize_run
+from kvm.topology import MAX_CPUS
 from seamldr.strategies import DEFAULT
 
 STATUS = {"held": SAFE, "broken": VIOLATED, "unfinished": UNFINISHED}
@@ -92,8 +93,9 @@ def _one(arguments: argparse.Namespace, plan: Plan, directory: Path) -> int:
 
 
 def _campaign(arguments: argparse.Namespace, directory: Path) -> int:
-    if not 1 <= arguments.rounds <= 1_000_000:
-        raise PlanError(f"rounds is 1 to 1000000, not {arguments.rounds}")
+    for name, low, high in (("rounds", 1, 1_000_000), ("seed", 0, 1 << 62), ("cpus", 1, MAX_CPUS)):
+        if not low <= getattr(arguments, name) <= high:
+            raise PlanError(f"{name} is {low} to {high}, not {getattr(arguments, name)}")
     knobs = _knobs(arguments)
     done: list[Round] = []
     with _progress() as progress:

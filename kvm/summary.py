@@ -23,8 +23,13 @@ def summarize(judgement: Judgement, run_dir: Path) -> Summary:
 def summarize_run(run_dir: Path) -> Summary:
     """Judge the records under `run_dir`, write summary.json beside them, return it; raises FileNotFoundError."""
     summary = summarize(judge(run_dir), run_dir)
-    (run_dir / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
+    write_summary(summary, run_dir)
     return summary
+
+
+def write_summary(summary: Summary, run_dir: Path) -> None:
+    """summary.json of a run."""
+    (run_dir / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
 
 
 def exit_status(summary: Summary) -> int:

@@ -28,6 +28,7 @@ KINDS: dict[str, tuple[str, set[str] | None]] = {
     "Image files": ("a file that is uploaded: what the kernel answers, and when", _numbers(114, 128)),
     "TDX module states": ("a leaf in a state of the module", None),
     "TDX module calls": ("a situation and the exact RAX, or a sequence", _numbers(1, 72) | _numbers(1, 12, "F")),
+    "TDX module checks": ("a leaf with a wrong page, state or lock of its TD, and the exact statuses", None),
     "Golden sequences": ("a history of one CPU, with the number of VMX instructions", _numbers(1, 10, "G")),
     "Hazards": (
         "a way in which it goes wrong, shown by what one would observe",

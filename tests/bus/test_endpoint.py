@@ -20,6 +20,7 @@ from bus.clock import LamportClock
 from bus.endpoint import Endpoint, open_endpoint
 from bus.link import Completion, Delivery, Identity
 from bus.messages import MAX_FRAME, Envelope, Query, Ring, encode
+from bus.seal import Seal
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = b"k" * 16
@@ -215,8 +216,8 @@ async def test_an_idle_endpoint_sleeps(directory: str) -> None:
 async def test_strangers_are_counted_and_harmless(directory: str) -> None:
     """Garbage, frames too long, other runs, multipart messages and connections that are not zmq's change nothing."""
     refused: list[tuple[str, bytes]] = []
-    good = Envelope(KEY, "b", 1, "a", 1, 1, 0, 5, Query())
-    stranger = encode(Envelope(b"x" * 16, "b", 1, "a", 1, 1, 0, 5, Query()))
+    good = encode(Envelope("b", 1, "a", 1, 1, 0, 5, Query()))
+    stranger = Seal(b"x" * 16).close(good)
     context = zmq.Context()
     async with open_endpoint(
         Identity("a", 1), directory, KEY, LamportClock(), lambda *what: refused.append(what)
@@ -230,16 +231,16 @@ async def test_strangers_are_counted_and_harmless(directory: str) -> None:
         for frame in (b"", b"garbage", b"\xc1" * (MAX_FRAME + 1), bytes(5_000_000), stranger):
             push.send(frame)
         push.send_multipart([b"one", b"two"])
-        push.send(encode(good))
+        push.send(Seal(KEY).close(good))
         with trio.fail_after(10):
             delivery = await endpoint.receive()
         context.destroy(linger=0)
         assert delivery.source == Identity("b", 1)
         assert [reason for reason, _ in refused] == (
-            ["undecodable"] * 2 + ["oversized"] * 2 + ["stranger"] + ["undecodable"] * 2
+            ["stranger"] * 2 + ["oversized"] * 2 + ["stranger"] * 3
         )
         assert max(len(head) for _, head in refused) <= 64
-        assert endpoint.statistics().refused == {"undecodable": 4, "oversized": 2, "stranger": 1}
+        assert endpoint.statistics().refused == {"oversized": 2, "stranger": 5}
 
 
 async def test_frames_of_an_unannounced_node_are_refused_until_it_is_announced(directory: str) -> None:

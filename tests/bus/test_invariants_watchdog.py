@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 from history import Run
+from rich.console import Console
 
 from bus.judge import Judgement
+from bus.report import print_run
 
 HARD = "watchdog: Watchdog detected hard LOCKUP on cpu 1"
 SOFT = "watchdog: BUG: soft lockup - CPU#1 stuck for 22s! [kworker/1:120]"
@@ -38,8 +42,12 @@ def test_wall_clock_alone_makes_nobody_unsafe(report: object, words: str) -> Non
 
 
 def test_the_kernel_log_has_it_in_the_kernels_words() -> None:
-    """The summary shows both texts, with how often."""
-    assert hard(soft(soft(Run()))).finish().judge().as_dict()["kernel_log"] == {SOFT: 2, HARD: 1}
+    """The summary has both texts, with how often, and what is printed has them whole."""
+    summary = hard(soft(soft(Run()))).finish().judge().as_dict() | {"run_dir": "run"}
+    assert summary["kernel_log"] == {SOFT: 2, HARD: 1}
+    out = io.StringIO()
+    print_run(Console(file=out, width=160), summary)
+    assert f"{SOFT} (2 times)" in out.getvalue()
 
 
 def test_a_lockup_that_is_over_was_slow() -> None:

@@ -21,6 +21,7 @@ from bus.link import (
 )
 from bus.messages import MAX_FRAME, MAX_MISSING, Envelope, Query, Ring, Waits, decode, encode
 from bus.peers import Peers
+from bus.seal import SEAL_SIZE, Seal
 
 KEY = b"k" * 16
 A, B = Identity("a", 1), Identity("b", 1)
@@ -51,10 +52,15 @@ def words(peers: Peers, limit: int = 10_000, now: int = 0) -> list[int]:
     return [delivery.body.word for delivery in peers.hand_over(limit, now) if isinstance(delivery.body, Ring)]
 
 
-def frame(**changes: object) -> bytes:
+def frame(key: bytes = KEY, **changes: object) -> bytes:
     """A good first frame from a to b, with changes."""
-    good = Envelope(KEY, "a", 1, "b", 1, 1, 0, 5, Query())
-    return encode(msgspec.structs.replace(good, **changes))
+    good = Envelope("a", 1, "b", 1, 1, 0, 5, Query())
+    return Seal(key).close(encode(msgspec.structs.replace(good, **changes)))
+
+
+def opened(frame: bytes) -> Envelope:
+    """What is in a frame."""
+    return decode(frame[SEAL_SIZE:])
 
 
 def test_a_message_arrives_with_its_id_source_and_clock() -> None:
@@ -84,13 +90,13 @@ def test_reordered_and_repeated_frames_are_delivered_once_in_order() -> None:
 
 def sequences(frames: list[bytes]) -> list[int]:
     """Which messages these frames carry."""
-    return [decode(one).sequence for one in frames]
+    return [opened(one).sequence for one in frames]
 
 
 def lossy(a: Peers, b: Peers, lost: set[int], now: int = 0) -> None:
     """Bring over what a puts out, but the messages `lost`; let b report what it misses."""
     for one in taken(a):
-        if decode(one).sequence not in lost:
+        if opened(one).sequence not in lost:
             b.receive(one, now)
     b.report_gaps(now)
 
@@ -102,7 +108,7 @@ def test_a_loss_under_traffic_costs_a_round_trip() -> None:
         a.send("b", Ring(n), 0, 0)
     lossy(a, b, {3, 5, 6})
     (report,) = taken(b)
-    assert (decode(report).sequence, decode(report).missing) == (0, (3, 5, 6))
+    assert (opened(report).sequence, opened(report).missing) == (0, (3, 5, 6))
     a.receive(report, 1)
     again = taken(a)
     assert sequences(again) == [3, 5, 6]
@@ -134,7 +140,7 @@ def test_a_gap_is_reported_once_and_then_again_after_a_while() -> None:
         b.tick(at)
         if frames := taken(b):
             times.append(at)
-            assert [decode(one).missing for one in frames] == [(1,)]
+            assert [opened(one).missing for one in frames] == [(1,)]
     assert times == [GAP_AGAIN * (2**n - 1) for n in range(1, 6)]
     assert times[-1] > RESEND_AFTER
 
@@ -147,10 +153,10 @@ def test_a_new_gap_is_reported_at_once() -> None:
     frames = taken(a)
     b.receive(frames[1], 0)
     b.report_gaps(0)
-    assert [decode(one).missing for one in taken(b)] == [(1,)]
+    assert [opened(one).missing for one in taken(b)] == [(1,)]
     b.receive(frames[5], 0)
     b.report_gaps(0)
-    assert [decode(one).missing for one in taken(b)] == [(1, 3, 4, 5)]
+    assert [opened(one).missing for one in taken(b)] == [(1, 3, 4, 5)]
 
 
 def test_a_frame_comes_early_again_only_after_a_while() -> None:
@@ -236,18 +242,20 @@ def test_a_changed_channel_is_tried_soon() -> None:
     assert sequences(taken(a)) == [1, 2, 3, 4, 5]
 
 
-def test_a_backlog_is_noticed_and_bounded() -> None:
+def test_a_backlog_is_noticed_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Notices at 4096 waiting messages and each doubling; at the limit an error, and the message has no number."""
+    limit = 5 * BACKLOG_NOTICE
+    assert limit < BACKLOG_LIMIT
+    monkeypatch.setattr("bus.link.BACKLOG_LIMIT", limit)
     a, _ = pair()
-    for n in range(WINDOW + BACKLOG_LIMIT):
+    for n in range(WINDOW + limit):
         a.send("b", Ring(n), 0, 0)
-    assert a.crowded == [("b", BACKLOG_NOTICE << n) for n in range(7)]
-    assert a.crowded[-1][1] == BACKLOG_LIMIT
-    with pytest.raises(BacklogError, match=r"262,144 messages wait on the link a\.1>b\.1"):
+    assert a.crowded == [("b", BACKLOG_NOTICE << n) for n in range(3)]
+    with pytest.raises(BacklogError, match=r"20,480 messages wait on the link a\.1>b\.1"):
         a.send("b", Ring(0), 0, 0)
-    assert a.total("sent") == WINDOW + BACKLOG_LIMIT
+    assert a.total("sent") == WINDOW + limit
     assert a.send("c", Ring(0), 0, 0) == "a.1>c.1:1"
-    assert len(a.member("b", 1, "dead")) == WINDOW + BACKLOG_LIMIT
+    assert len(a.member("b", 1, "dead")) == WINDOW + limit
     a.send("b", Ring(0), 0, 0)
 
 
@@ -277,14 +285,14 @@ def test_an_acknowledgement_waits_for_company() -> None:
     assert b.outbox == []
     assert b.due == 100 + ACK_DELAY
     b.tick(b.due)
-    assert [decode(f).sequence for f in taken(b)] == [0]
+    assert [opened(f).sequence for f in taken(b)] == [0]
     for n in range(ACK_EVERY):
         a.send("b", Ring(n), 0, 0)
     carry(a, b)
     words(b)
     assert b.outbox == []
     b.take()
-    assert [decode(f).acknowledged for f in taken(b)] == [1 + ACK_EVERY]
+    assert [opened(f).acknowledged for f in taken(b)] == [1 + ACK_EVERY]
 
 
 def test_reverse_traffic_carries_the_acknowledgement() -> None:
@@ -418,12 +426,15 @@ def test_a_lost_acknowledgement_is_repeated_when_its_message_comes_again() -> No
     ("data", "refusal"),
     [
         (b"\x00" * (MAX_FRAME + 1), Refusal.OVERSIZED),
-        (b"", Refusal.UNDECODABLE),
-        (b"GET / HTTP/1.1", Refusal.UNDECODABLE),
-        (b"\x91" * 5000, Refusal.UNDECODABLE),
-        (frame()[:-1], Refusal.UNDECODABLE),
-        (frame().replace(b"query", b"quern"), Refusal.UNDECODABLE),
+        (b"", Refusal.STRANGER),
+        (b"GET / HTTP/1.1", Refusal.STRANGER),
+        (b"\x91" * 5000, Refusal.STRANGER),
+        (frame()[:-1], Refusal.STRANGER),
+        (frame().replace(b"query", b"start"), Refusal.STRANGER),
+        (frame()[:SEAL_SIZE], Refusal.STRANGER),
         (frame(key=b"x" * 16), Refusal.STRANGER),
+        (Seal(KEY).close(encode(Envelope("a", 1, "b", 1, 1, 0, 5))[:-1]), Refusal.UNDECODABLE),
+        (Seal(KEY).close(b"\x91" * 60_000), Refusal.UNDECODABLE),
         (frame(target="c"), Refusal.MISADDRESSED),
         (frame(target_incarnation=2), Refusal.MISADDRESSED),
         (frame(source="c"), Refusal.UNKNOWN_INCARNATION),

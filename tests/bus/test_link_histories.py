@@ -25,6 +25,7 @@ from bus.link import (
 )
 from bus.messages import Ring, decode
 from bus.peers import Peers
+from bus.seal import SEAL_SIZE
 
 KEY = b"k" * 16
 NODES = ("a", "b", "c")
@@ -106,7 +107,7 @@ class BadBus(RuleBasedStateMachine):
         process.peers.outbox.clear()
 
     def receive(self, target: str, frame: bytes) -> None:
-        process, envelope = self.last[target], decode(frame)
+        process, envelope = self.last[target], decode(frame[SEAL_SIZE:])
         if process.alive:
             meant = Identity(envelope.target, envelope.target_incarnation)
             expected = process.refusal(envelope.source, envelope.source_incarnation, meant)
@@ -148,6 +149,7 @@ class BadBus(RuleBasedStateMachine):
     def take_unseen(self, node: str) -> None:
         process = self.last[node]
         if process.alive:
+            process.came_back()
             for link, envelope in process.peers.deliverable:
                 process.taken[link.peer] = max(process.taken[link.peer], envelope.sequence)
             process.peers.take_unseen(self.now)
@@ -173,6 +175,7 @@ class BadBus(RuleBasedStateMachine):
             for _ in range(copies):
                 self.receive(target, frame)
 
+    @precondition(lambda self: self.wire)
     @rule(count=st.integers(1, 200))
     def deliver_well(self, count: int) -> None:
         for _ in range(min(count, len(self.wire))):

@@ -341,6 +341,12 @@ def test_a_strange_record_is_passed_over() -> None:
     assert note.startswith("cpu0: a csd_lock record is not as the event table says")
 
 
+def test_a_process_that_has_written_nothing_is_unknown() -> None:
+    """It said hello; nothing else is known of it while the machine runs."""
+    why = ask(Run().online("seamldr"), {})
+    assert (row(why, "seamldr").state, row(why, "seamldr").pid, row(why, "seamldr").silent_s) == ("unknown", 0, None)
+
+
 def test_nodes_in_short() -> None:
     """Neighbours are a range, other processes are not CPUs, and a long list is cut."""
     assert nodes_text([f"cpu{number}" for number in range(0, 40, 2)]).endswith("cpu12, cpu14 and 12 more")

@@ -122,9 +122,8 @@ async def test_a_holder_that_sleeps_over_its_lease_is_fenced(tmp_path: Path) -> 
     machine = Machine(small(tmp_path, cpus=3, vcpus=3, updates=0, seconds=1.0, knobs=knobs))
     async with machine, trio.open_nursery() as nursery:
         nursery.start_soon(machine.run_workload)
-        async with machine.standing("holding") as holder:
-            async with machine.standing("granted") as follower:
-                assert follower != holder
+        async with machine.standing("holding") as holder, machine.standing("granted") as follower:
+            assert follower != holder
         assert holder is not None
         await machine.process(holder).gone.wait()
     judgement = machine.check()
