@@ -18,13 +18,13 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from bus.report import console_for, print_comparison, print_run, print_stories
 from bus.report_why import print_why, why_as_dict
 from bus.snapshot import RunError, look
-from kvm.analyze_command import add_analyze_arguments
+from kvm.analyze_command import ANALYZE_ERRORS, add_analyze_arguments, add_report_arguments, write_reports
 from kvm.chaos import Strike, run_chaos
 from kvm.chaos_command import add_chaos_arguments, read_plan
 from kvm.chaos_report import print_strikes
 from kvm.compose import KnobError, parse_knobs
 from kvm.images import ModuleFileError, read_module
-from kvm.machine import Machine, MachineError
+from kvm.machine import Machine, MachineError, OnProgress, Watch
 from kvm.matrix import matrix_as_dict, matrix_knobs, measure, rows
 from kvm.matrix_report import print_matrix
 from kvm.plan import Fault, PlanError
@@ -32,11 +32,21 @@ from kvm.scenes import SCENES
 from kvm.summary import BAD_INPUT, SAFE, UNFINISHED, Summary, exit_status, summarize_run
 from kvm.sysfs import SysfsError, sysfs_directory
 from kvm.topology import Topology, TopologyError, parse_topology
+from kvm.watching import Watching
 from seamldr.commands import ModuleCommandError, inspect_module, make_module_file, verify_module
 from seamldr.strategies import DEFAULT, STRATEGIES, StrategyError, find_strategy
 
 UNTIL_INTERRUPTED_S = 86400.0
-BAD = (TopologyError, RunError, ModuleFileError, PlanError, StrategyError, KnobError, SysfsError, ModuleCommandError)
+BAD = (
+    *ANALYZE_ERRORS,
+    TopologyError,
+    ModuleFileError,
+    PlanError,
+    StrategyError,
+    KnobError,
+    SysfsError,
+    ModuleCommandError,
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,7 +92,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     topology = _topology(arguments, arguments.strategy)
     faults = _faults(arguments.faults, topology) if arguments.faults else ()
     strikes: list[Strike] = []
-    summary = _run(topology, arguments.strategy, faults, strikes)
+    summary = _run(topology, arguments.strategy, faults, strikes, watch=arguments.watch)
 
     def tell(console: Console) -> None:
         if strikes:
@@ -102,11 +112,23 @@ def _faults(path: str, topology: Topology) -> tuple[Fault, ...]:
 
 
 def _run(
-    topology: Topology, title: str, faults: tuple[Fault, ...] = (), strikes: list[Strike] | None = None
+    topology: Topology,
+    title: str,
+    faults: tuple[Fault, ...] = (),
+    strikes: list[Strike] | None = None,
+    *,
+    watch: bool = False,
 ) -> Summary:
-    """One machine with progress on stderr; its summary. What became of each fault is put into `strikes`."""
+    """One machine with progress, or all that `watch` shows, on stderr; its summary. What became of each fault is put
+    into `strikes`.
+    """
     topology.validate()
     _note_reframing(topology)
+    if watch:
+        with Watching(title) as watching:
+            run_dir = trio.run(_live, topology, None, faults, strikes, watching.follow)
+            watching.judging()
+            return summarize_run(run_dir)
     with Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -130,34 +152,38 @@ def _run(
 
 async def _live(
     topology: Topology,
-    on_progress: Callable[[dict[str, int]], None],
+    on_progress: OnProgress | None,
     faults: tuple[Fault, ...],
     strikes: list[Strike] | None,
+    watch: Watch | None = None,
 ) -> Path:
     if topology.sysfs is not None:
-        return await _live_with_sysfs(topology, Path(topology.sysfs), on_progress)
+        return await _live_with_sysfs(topology, Path(topology.sysfs), on_progress, watch)
     if faults and strikes is not None:
-        machine = Machine(topology, on_progress)
+        machine = Machine(topology, on_progress, watch)
         strikes.extend(await run_chaos(machine, faults))
         return machine.run_dir
-    async with Machine(topology, on_progress) as machine:
+    async with Machine(topology, on_progress, watch) as machine:
         await machine.run_workload()
     return machine.run_dir
 
 
-async def _live_with_sysfs(topology: Topology, tree: Path, on_progress: Callable[[dict[str, int]], None]) -> Path:
+async def _live_with_sysfs(
+    topology: Topology, tree: Path, on_progress: OnProgress | None, watch: Watch | None
+) -> Path:
     """As `_live`; the first Ctrl-C ends the workload in order, or as stuck, and no file is left under `tree`."""
     said = False
 
     def tell_once(facts: dict[str, int]) -> None:
         nonlocal said
-        on_progress(facts)
+        if on_progress is not None:
+            on_progress(facts)
         if facts.get("sysfs") and not said:
             said = True
             images = machine.run_dir / "modules"
             print(f"seamlab: update the module through {tree}; images are in {images}", file=sys.stderr, flush=True)
 
-    machine = Machine(topology, tell_once)
+    machine = Machine(topology, tell_once, watch)
     with sysfs_directory(tree):
         async with machine, trio.open_nursery() as nursery:
             nursery.start_soon(_finish_on_interrupt, machine)
@@ -226,10 +252,13 @@ def compare_command(arguments: argparse.Namespace) -> int:
     topologies = {name: _topology(arguments, name, str(base / _file_name(name)) if base else None) for name in names}
     summaries = {name: _told(name, _run(topology, name)) for name, topology in topologies.items()}
     _show(arguments, {"schema": 1, "strategies": summaries}, lambda console: _print_comparison(console, summaries))
+    write_reports(arguments, summaries)
     return SAFE if all(summary["verdict"] != "incomplete" for summary in summaries.values()) else UNFINISHED
 
 
 def _matrix(arguments: argparse.Namespace) -> int:
+    if arguments.junit or arguments.markdown:
+        raise RunError("--junit and --markdown are about runs of strategies, not about the matrix")
     names = arguments.strategies.split(",") if arguments.strategies else None
     for name in names or []:
         find_strategy(name)
@@ -329,12 +358,14 @@ def _parser() -> Parser:
         "such a run makes no updates of its own and lasts until Ctrl-C",
     )
     run.add_argument("--faults", metavar="PLAN.toml", help="the faults of this plan strike the machine (see `chaos`)")
+    run.add_argument("--watch", action="store_true", help="show the machine while it runs, on stderr")
     compare = commands.add_parser("compare", help="the same workload under each strategy, in one table")
     compare.set_defaults(command=compare_command)
     compare.add_argument("--strategies", metavar="A,B,...", help="which ones (default: the whole catalogue)")
     compare.add_argument(
         "--matrix", action="store_true", help="strategies by situations, measured on machines stepped in process"
     )
+    add_report_arguments(compare)
     _machine_arguments(compare, seconds=1.5, updates=2)
     add_analyze_arguments(commands.add_parser("analyze", help="judge the records of a run again"))
     why = commands.add_parser("why", help="what each process waits for, and the cycle if there is one")

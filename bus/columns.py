@@ -1,4 +1,4 @@
-"""What a field of a record is in SQL. One place: the views of `bus.sql`, docs/queries.md and a test of live runs use it.
+"""What a field of a record is in SQL: one place, from which the views of `bus.sql` and docs/queries.md are made.
 
 Times are ns (`_ns`) or seconds (`_s`). Addresses and registers are UBIGINT; 18446744073709551615 is "no VMCS". A flag,
 written as 0 or 1, is BOOLEAN. What is a list or an object in the record is JSON.
@@ -23,20 +23,20 @@ COMMON = {
 
 _BY_TYPE = {
     "BIGINT": (
-        "active attempt by call counter cpu cpus delayed depth dropped duplicated elapsed_ns entries epoch errno "
-        "hardware_reason held_ns holder_epoch holder_number holders incarnation inside level num_ack num_failed number "
-        "operations remaining request resent ret seed sent target task tasks td tds to update updates vcpu vcpus vector "
-        "waited_ns waiting"
+        "active attempt by call count counter cpu cpus delayed depth dropped duplicated elapsed_ns entries epoch "
+        "errno hardware_reason held_ns holder_epoch holder_number holders incarnation inside level num_ack "
+        "num_failed number operations remaining request resent ret seed sent target task tasks td tds to took_ns "
+        "update updates vcpu vcpus vector waited_ns waiting"
     ),
     "UBIGINT": "csd cur expected features0 field got info leaf lost new old pa status value vmcs want",
     "DOUBLE": "stuck_s",
     "BOOLEAN": (
-        "admitted alive coalesced data entered erratum finished initialized launched migrated nmi skipped stale sysinfo "
-        "wait wanted"
+        "admitted alive coalesced data entered erratum finished initialized launched migrated nmi skipped stale "
+        "sysinfo wait wanted"
     ),
     "VARCHAR": (
-        "error func head id insn kind load lock mrtd name on owner path point reason result source stage state step "
-        "strategy text version via what where why"
+        "error func head id insn kind load lock mrtd name on owner path point reason result source stage state "
+        "step strategy text version via what where why"
     ),
     "JSON": "asked counts files knobs locks online rules",
 }

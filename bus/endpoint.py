@@ -1,8 +1,10 @@
 """One process on the bus: its inbox, its outgoing sockets and the timer, around the links of `bus.peers`.
 
-Sockets go one way. The inbox (PULL) is only ever received from and has no receive limit, because a full ipc inbox
-loses silently when its sender closes. Each peer that is spoken to gets a PUSH, connected at the first send and kept
-among the most recently used. What a socket loses all the same, the links resend.
+Sockets go one way. The inbox (PULL) is only ever received from. It takes turns between the connections to it, and its
+receive limit, for each connection, is more than a link can have on the wire: who obeys the links never meets it, since
+a full ipc inbox loses silently when its sender closes; who floods fills his own queue. Each peer that is spoken to gets
+a PUSH, connected at the first send and kept among the most recently used. What a socket loses all the same, the links
+resend.
 
 zmq's descriptor is edge-triggered: it says "look again", and any call into the socket may use the signal up. So: look
 at EVENTS first, wait for the descriptor only if there is nothing, and *while one task watches the descriptor nobody
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from heapq import heappop, heappush
@@ -24,10 +27,10 @@ import trio
 import zmq
 
 from bus.clock import LamportClock
-from bus.link import NEVER, Completion, Delivery, Identity
+from bus.link import NEVER, WINDOW, Completion, Delivery, Identity, Refusal
 from bus.linkfaults import LinkFaults, LinkRule
-from bus.messages import Body
-from bus.peers import Peers
+from bus.messages import MAX_FRAME, Body
+from bus.peers import Admit, Peers
 
 BATCH = 256
 """Frames read from the inbox at once."""
@@ -40,6 +43,12 @@ ADDRESS_LIMIT = 107
 
 HEAD = 64
 """Bytes of a refused frame that are reported."""
+
+INBOX_LIMIT = 4 * WINDOW
+"""Frames of one connection that wait in the inbox; then the sender has to."""
+
+LARGEST_READ = 8 << 20
+"""Bytes of the longest frame that is taken off a connection, to be refused; who sends a longer one is cut off."""
 
 _LINGER_MS = 250
 _RECONNECT_MS = 10
@@ -114,21 +123,25 @@ class Endpoint:
         clock: LamportClock,
         on_refused: OnRefused,
         connections: int,
+        admit: Admit | None,
     ) -> None:
         self.identity = identity
         self._directory = directory
         self.clock = clock
         self._on_refused = on_refused
         self._limit = connections
-        self._peers = Peers(identity, key)
+        self._peers = Peers(identity, key, admit)
         path = socket_path(directory, identity.node)
         self._context = zmq.Context(io_threads=1)
         self._context.set(zmq.MAX_SOCKETS, 16 * connections + 64)  # closed ones that linger count too
         self._outgoing: OrderedDict[str, zmq.Socket[bytes]] = OrderedDict()
         self._inbox: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
-        self._inbox.set(zmq.RCVHWM, 0)
+        self._inbox.set(zmq.RCVHWM, INBOX_LIMIT)
+        self._inbox.set(zmq.MAXMSGSIZE, LARGEST_READ)
+        self._frame = memoryview(bytearray(MAX_FRAME + 1))
         try:
             self._inbox.bind(f"ipc://{path}")
+            os.chmod(path, 0o600)
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
             raise OSError(error.errno, f"cannot bind the inbox: {error.strerror}", path) from None
@@ -331,18 +344,21 @@ class Endpoint:
         self._peers.report_gaps(now)
 
     def _take_in(self, limit: int, now: int) -> None:
-        inbox, receive = self._inbox, self._peers.receive
+        """Of a frame that is too long only the beginning is read, and it is enough for one turn."""
+        read, receive, frame = self._inbox.recv_into, self._peers.receive, self._frame
         for n in range(limit):
             # To run into the empty inbox costs as much as two looks at EVENTS: look once, after the first frame.
             if n == 1 and not self._readable():
                 return
             try:
-                frame = inbox.recv(_NOBLOCK)
+                size = read(frame, flags=_NOBLOCK)
             except zmq.Again:
                 return
-            refusal = receive(frame, now)
+            refusal = receive(frame[:size], now)
             if refusal is not None:
-                self._on_refused(refusal, frame[:HEAD])
+                self._on_refused(refusal, bytes(frame[: min(size, HEAD)]))
+                if refusal is Refusal.OVERSIZED:
+                    return
 
     # Membership and completion
 
@@ -460,17 +476,19 @@ async def open_endpoint(
     clock: LamportClock,
     on_refused: OnRefused,
     connections: int = CONNECTIONS,
+    admit: Admit | None = None,
 ) -> AsyncIterator[Endpoint]:
     """Bind the inbox `directory/node` and run the endpoint inside the block.
 
     `key` has 16 bytes and is the same in all processes of the run. `on_refused` gets the `Refusal` and the first
-    bytes of each frame that was dropped. `connections` caps the outgoing sockets. Messages that are not acknowledged
-    when the block ends may be lost: `flush` first. A block that is cancelled answers its peers until it ends. The zmq
-    context is made here, so open it after the process was forked.
+    bytes of each frame that was dropped. `connections` caps the outgoing sockets. `admit`, if given, says which
+    messages are to be refused. Messages that are not acknowledged when the block ends may be lost: `flush` first. A
+    block that is cancelled answers its peers until it ends. The zmq context is made here, so open it after the process
+    was forked.
 
     Raises `ValueError` if the socket path or the key has the wrong length, `OSError` if the inbox cannot be bound.
     """
-    endpoint = Endpoint(identity, directory, key, clock, on_refused, connections)
+    endpoint = Endpoint(identity, directory, key, clock, on_refused, connections, admit)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(endpoint._keep_time)

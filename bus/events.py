@@ -143,7 +143,14 @@ EVENTS: dict[str, Event] = {
     "nmi_pend": Event("A performance counter overflowed: an NMI is pending.", {"point": "of `nmi_inject`"}),
     "nmi_exit": Event("The NMI handler ends.", {}),
     "ipi_send": Event(
-        "An interrupt message leaves.", {"target": "CPU", "vector": "0 to 255", "nmi": "0 or 1", "id": "message"}
+        "An interrupt message has left.",
+        {
+            "target": "CPU",
+            "vector": "0 to 255",
+            "nmi": "0 or 1",
+            "id": "message",
+            "took_ns": "since it was handed to the link",
+        },
     ),
     "ipi_deliver": Event(
         "An interrupt message has set its pending bit.",
@@ -433,6 +440,10 @@ EVENTS: dict[str, Event] = {
             "resent": "frames transmitted again",
         },
     ),
-    "refused": Event("A frame on the bus was refused.", {"reason": "a word", "head": "first bytes, hex"}),
+    "refused": Event(
+        "A frame or a message was refused: of each reason the 1st, 2nd, 4th, 8th and so on.",
+        {"reason": "a word", "head": "what it was, or first bytes in hex", "count": "of this reason so far"},
+    ),
+    "refused_totals": Event("All that this process refused until its end.", {"counts": "reason to number"}),
     "broken": Event("A process met a bug of its own.", {"error": "what it is"}),
 }

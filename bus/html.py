@@ -99,17 +99,21 @@ class Page:
             for event in violation["first"]["events"]
         ]
         data = {
-            "end": at(picture.end),
+            "end": max(1, at(picture.end)),
             "states": list(NAMES.values()),
             "kinds": [kind.name.lower() for kind in MarkKind],
             "lanes": [self._lane(node, picture) for node in picture.lanes],
             "marks": [[rows.get(m.node, elsewhere), at(m.ts), int(m.kind), number(m.text)] for m in picture.marks],
-            "arrows": [
-                [a.kind, rows[a.source], at(a.sent), rows[a.target], at(a.taken), number(a.text)]
-                for a in picture.arrows
-            ],
+            "arrows": {
+                "kind": [a.kind for a in picture.arrows],
+                "source": [rows[a.source] for a in picture.arrows],
+                "sent": _steps(at(a.sent) for a in picture.arrows),
+                "target": [rows[a.target] for a in picture.arrows],
+                "length": [at(a.taken) - at(a.sent) for a in picture.arrows],
+                "text": [number(a.text) for a in picture.arrows],
+            },
             "stages": [[at(s.begin), at(s.end), s.update, s.name] for s in picture.stages],
-            "holds": [[at(h.begin), at(h.end), h.lock, rows.get(h.node, elsewhere)] for h in picture.holds],
+            "locks": [_lock(lock, picture, rows) for lock in _locks(picture)],
             "stories": [violation["invariant"] for violation in summary["violations"]],
             "told": told,
         }
@@ -127,6 +131,21 @@ class Page:
             "clock": _steps(points.clock),
             "text": points.text,
         }
+
+
+def _locks(picture: Picture) -> list[str]:
+    """The locks that were held, P-SEAMLDR's first."""
+    return sorted({hold.lock for hold in picture.holds}, key=lambda lock: (lock != "seamldr_lock", lock))
+
+
+def _lock(lock: str, picture: Picture, rows: dict[str, int]) -> dict[str, Any]:
+    at, holds = _clock(picture.begin), [hold for hold in picture.holds if hold.lock == lock]
+    return {
+        "lock": lock,
+        "begin": _steps(at(hold.begin) for hold in holds),
+        "length": [at(hold.end) - at(hold.begin) for hold in holds],
+        "row": [rows.get(hold.node, 0) for hold in holds],
+    }
 
 
 def _clock(begin: int) -> Any:

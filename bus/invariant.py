@@ -1,7 +1,8 @@
 """What an invariant is: an observer of the merged history that can say "violated" and tell why.
 
 An observer has a method `on_EVENT(record, shadow)` for each event that it cares about; it sees each record together
-with the shadow state just before it. `at_end(ending)` is called once, when there are no more records.
+with the shadow state just before it, except VMREADs and VMWRITEs that succeed. `at_end(ending)` is called once, when
+there are no more records.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from bus.story import Story, tell
 from bus.waits import Ending
 
 Handler = Callable[[Record, Shadow], None]
+
+IF_FAILED = ("vmread", "vmwrite")
+"""Events that observers are told of only if `result` is not "ok": a traced run has mostly these."""
 
 
 class Observer:

@@ -8,8 +8,8 @@ from bus.shadow import Shadow, cpu_node
 from bus.waits import Ending
 
 HOTPLUG = ("offline", "online")
-REFUSALS = {-1: "EPERM", -4: "EINTR", -6: "ENXIO", -16: "EBUSY", -19: "ENODEV", -22: "EINVAL"}
-"""What a CPU that is to go or come may answer instead of 0."""
+REFUSALS = {-1: "EPERM", -4: "EINTR", -5: "EIO", -6: "ENXIO", -16: "EBUSY", -19: "ENODEV", -22: "EINVAL"}
+"""What a CPU that is to go or come may answer instead of 0; EIO and ENODEV if the TDX module will not have it."""
 
 
 class HotplugEnds(Invariant):

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import msgspec
 
 from bus.events import EVENTS
-from bus.invariant import Invariant, dispatch
+from bus.invariant import IF_FAILED, Invariant, dispatch
 from bus.invariants import INVARIANTS
-from bus.merge import Notes, merge, merge_run, read_file
+from bus.merge import Entry, Notes, merge, merge_entries, read_file
 from bus.records import Record
 from bus.shadow import Shadow, is_set
 from bus.statistics import Cost, Exposures, Statistics
@@ -119,7 +119,9 @@ def judge(run_dir: str | Path) -> Judgement:
                 machine = record
             elif record["event"] == "process_online" and record["name"] not in expected:
                 expected.append(record["name"])
-    return _judge(merge_run(run_dir, notes, expected), machine, notes)
+    judge = Judge(machine)
+    judge.read(merge_entries(run_dir, notes, expected), notes)
+    return judge.conclude(notes)
 
 
 def judge_records(records: Iterable[Record]) -> Judgement:
@@ -131,12 +133,8 @@ def judge_records(records: Iterable[Record]) -> Judgement:
         if record["event"] == "machine_begin":
             machine = record
     notes = Notes()
-    return _judge(merge(files.values(), notes), machine, notes)
-
-
-def _judge(records: Iterable[Record], machine: Record, notes: Notes) -> Judgement:
     judge = Judge(machine)
-    for record in records:
+    for record in merge(files.values(), notes):
         judge.see(record)
     return judge.conclude(notes)
 
@@ -155,6 +153,8 @@ class Judge:
         self._exposures, self._statistics, self._cost = Exposures(), Statistics(), Cost()
         self._watch()
         self._strange: dict[str, None] = {}
+        self._pids: dict[str, int] = {}
+        self._unheard = EVENTS.keys() - self._handlers.keys() - self._shadow.heeded | {*IF_FAILED}
 
     @property
     def violated(self) -> tuple[str, ...]:
@@ -162,30 +162,54 @@ class Judge:
         return tuple(invariant.id for invariant in self._invariants if invariant.count)
 
     def _watch(self) -> None:
-        self._handlers = dispatch([*self._invariants, self._exposures, self._cost, self._statistics])
+        observers = [*self._invariants, self._exposures, self._cost, self._statistics]
+        self._handlers = dispatch(observers)
 
     def _reset(self) -> None:
         """The machine was switched off and on: what was true of it is over, what was found stays found."""
         self._shadow = Shadow(self._machine.get("knobs") or {})
         self._invariants = [invariant.renewed() for invariant in self._invariants]
+        self._pids = {}
         self._watch()
+
+    def read(self, entries: Iterable[Entry], notes: Notes) -> None:
+        """The next records; of those that nobody looks at only the common fields are decoded."""
+        known_pid, unheard, passed_over = self._pids.get, self._unheard, 0
+        for entry in entries:
+            event = entry.event
+            if event in unheard and known_pid(entry.node) == entry.pid and (
+                entry.result == "ok" or event not in IF_FAILED
+            ):
+                passed_over += 1
+                continue
+            try:
+                record = entry.record()
+            except msgspec.DecodeError:
+                notes.add_unreadable(entry.node, 1, torn=False)
+            else:
+                self.see(record)
+        self._statistics.records += passed_over
 
     def see(self, record: Record) -> None:
         """The next record. One that is not as the event table says is passed over, and makes the run incomplete."""
-        event = record["event"]
+        event, node = record["event"], record["node"]
         self._statistics.records += 1
         if event == "machine_reset":
             self._reset()
         shadow = self._shadow
         try:
-            shadow.meet(record)
+            if self._pids.get(node) != record["pid"]:
+                self._pids[node] = record["pid"]
+                shadow.meet(record)
+            if event in IF_FAILED and record["result"] == "ok":
+                return
             for handler in self._handlers.get(event, ()):
                 handler(record, shadow)
             shadow.apply(record)
         except (KeyError, TypeError, AttributeError) as error:
-            self._strange[f"{record['node']}: a {event} record is not as the event table says: {error!r}"] = None
+            self._strange[f"{node}: a {event} record is not as the event table says: {error!r}"] = None
         if event not in EVENTS:
-            self._strange[f"{record['node']} wrote an unknown event {event}"] = None
+            self._strange[f"{node} wrote an unknown event {event}"] = None
 
     def conclude(self, notes: Notes) -> Judgement:
         """The judgement, when there are no more records; `notes` tell where they came from."""

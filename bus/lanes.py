@@ -79,6 +79,9 @@ class Lane:
         """Times of SIGSTOP (True) and SIGCONT."""
         self.tasks: set[int] = set()
         """Tasks on its run queue."""
+        self.doing: Activity | None = None
+        """The activity at hand, and whether it was a vCPU that has been `entered`."""
+        self.entered = False
         self.td: Record | None = None
         """The `td_enter` of the TD that it runs."""
 
@@ -123,8 +126,7 @@ class Lanes:
         ts = record["ts"]
         match event:
             case "process_exit":
-                why = "" if record["wanted"] else f"exit status {record['status']}"
-                self._lane(record["name"]).ends.append((ts, why))
+                self._lane(record["name"]).ends.append((ts, "" if record["wanted"] else _death(record["status"])))
             case "fault" if record["kind"] in ("stop", "resume"):
                 self._lane(record["name"]).stops.append((ts, record["kind"] == "stop"))
             case "task_lost":
@@ -144,10 +146,14 @@ class Lanes:
                 lane.td = record
         if lane.td is not None and context not in ("irq", "nmi", lane.td["ctx"]):
             lane.td = None
-        doing = [activity for activity in self.activities.open(record["node"]) if activity.kind != "hold"]
-        if doing:
-            lane.start(record["ts"], *describe(doing[-1]))
-        elif lane.td is not None:
+        doing = next((one for one in reversed(self.activities.open(record["node"])) if one.kind != "hold"), None)
+        if doing is not None:
+            if lane.doing is not doing or lane.entered != doing.entered:
+                lane.start(record["ts"], *describe(doing))
+            lane.doing, lane.entered = doing, doing.entered
+            return
+        lane.doing = None
+        if lane.td is not None:
             lane.start(record["ts"], State.SEAM, f"runs {lane.td['ctx']}")
         elif lane.tasks or context in ("up", "down"):
             lane.start(record["ts"], State.KERNEL, "")
@@ -184,6 +190,10 @@ class Lanes:
             yield Interval(since, self.end, State.SIGSTOPPED, "")
 
 
+def _death(status: int) -> str:
+    return f"by signal {-status}" if status < 0 else f"exit status {status}"
+
+
 def cut(base: Iterable[Interval], over: Iterable[Interval]) -> Iterator[Interval]:
     """The intervals of `base` with those of `over` on top; both are in time order and without overlap.
 
@@ -217,9 +227,9 @@ _KERNEL = {
     "nmi": "NMI",
 }
 _STOPPED = {
-    "stop": "waits for the other CPUs",
-    "stage": "update {update}: works at {state}",
-    "acked": "update {update}: has acknowledged {state}",
+    "stop": "waits for others",
+    "stage": "{state} of update {update}",
+    "acked": "{state} acknowledged, update {update}",
 }
 
 

@@ -109,7 +109,7 @@ class Marks:
     def see(self, record: Record) -> None:
         """The next record; raises KeyError or TypeError if it is not as the event table says."""
         event = record["event"]
-        if event in _KINDS or event == "process_exit" and not record["wanted"] or _failed(record):
+        if event in _KINDS or _failed(record):
             kind = _KINDS.get(event, MarkKind.FAILURE)
             self.marks.append(Mark(_struck(record), record["ts"], kind, line(record).partition(" ")[2]))
         match event:
@@ -138,7 +138,8 @@ class Marks:
     def _arrive(self, kind: str, key: object, record: Record, text: str) -> None:
         sent = self._sent.pop((kind, key), None)
         if sent is not None:
-            self.arrows.append(Arrow(kind, sent["node"], sent["ts"], record["node"], record["ts"], text))
+            left = sent["ts"] - sent.get("took_ns", 0)  # an `ipi_send` is written when the message has left
+            self.arrows.append(Arrow(kind, sent["node"], left, record["node"], max(left, record["ts"]), text))
 
     def _see_update(self, event: str, record: Record) -> None:
         self._close_stage(record["ts"])
@@ -184,7 +185,10 @@ def _token(record: Record) -> tuple[str, int, int]:
 
 
 def _failed(record: Record) -> bool:
-    return record.get("result", "ok") != "ok"
+    """Whether it is a VMX instruction that failed, or a process that ended without being asked to."""
+    if record["event"] == "process_exit":
+        return not record["wanted"]
+    return bool(record.get("result", "ok") != "ok")
 
 
 def _struck(record: Record) -> str:

@@ -56,6 +56,7 @@ class PhysicalMemory:
     def create(cls, size: int) -> PhysicalMemory:
         """A new shared mapping on a memfd; `fd` may be inherited and given to `attach`."""
         fd = os.memfd_create("seamlab-memory", os.MFD_CLOEXEC)
+        os.fchmod(fd, 0o600)
         os.ftruncate(fd, size)
         return cls.attach(fd)
 
@@ -116,6 +117,10 @@ class PhysicalMemory:
             self._words[pa >> 3] = value
         else:
             self.write(pa, value.to_bytes(8, "little"))
+
+    def words(self, pa: int, count: int) -> memoryview:
+        """`count` plain u64 at `pa`, a multiple of 8, to be read and stored by index; keeps the mapping alive."""
+        return self._words[pa >> 3 : (pa >> 3) + count]
 
     # Stamped words
 

@@ -1,25 +1,31 @@
 """Merge: the records of a run as one history, in the order of (Lamport clock, node, seq).
 
 Files are read in pieces and never held open, so a run of a thousand processes needs neither a thousand descriptors
-nor memory for all records. What is odd about the files is noted; nothing here is fatal.
+nor memory for all records. Of each line only what the order needs is decoded here; the rest is decoded by whoever
+wants the record, and most records of a traced run nobody wants. What is odd about the files is noted; nothing here is
+fatal.
 """
 
 from __future__ import annotations
 
 import heapq
+import os
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import islice
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from bus.records import Record
 
-PIECE_BYTES = 256 * 1024
-ALL_PIECES_BYTES = 8 * 1024 * 1024
-SMALLEST_PIECE_BYTES = 16 * 1024
-
-_Entry = tuple[int, str, int, int, Record]
+PIECE_BYTES = 32 * 1024
+PIECE_RECORDS = 1024
+NEVER = 1 << 64
+"""A clock that no record has."""
 
 
 class Notes:
@@ -74,19 +80,49 @@ class Notes:
         return found + list(self._said)
 
 
+class Entry(msgspec.Struct, gc=False):
+    """A record of which only the common fields are decoded, and `result` if it has one; `line` is the whole.
+
+    `clock` is its place in the order: that of the record, or of one before it in the file if that is later.
+    """
+
+    clock: int
+    node: str
+    seq: int
+    pid: int
+    event: str
+    result: Any = ""
+    line: bytes = msgspec.field(default=b"", name="(line)")
+    given: Record | None = msgspec.field(default=None, name="(given)")
+
+    def record(self) -> Record:
+        """The whole record; raises `msgspec.DecodeError`."""
+        return self.given if self.given is not None else _decode(self.line)
+
+
+_decode = msgspec.json.Decoder(Record).decode
+_entries = msgspec.json.Decoder(Entry)
+_order = attrgetter("clock", "node", "seq")
+_clock = attrgetter("clock")
+
+
 def merge_run(run_dir: str | Path, notes: Notes, expected: Iterable[str] = ()) -> Iterator[Record]:
     """All records of `run_dir`/records/*.jsonl in causal order; `expected` are nodes that should have a file.
 
     Raises `FileNotFoundError` if there is no folder `records`.
     """
+    return whole_records(merge_entries(run_dir, notes, expected), notes)
+
+
+def merge_entries(run_dir: str | Path, notes: Notes, expected: Iterable[str] = ()) -> Iterator[Entry]:
+    """As `merge_run`, undecoded."""
     folder = Path(run_dir) / "records"
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder of records")
     paths = sorted(folder.glob("*.jsonl"))
     present = {path.stem for path in paths}
     notes.missing += [node for node in expected if node not in present]
-    piece = max(SMALLEST_PIECE_BYTES, min(PIECE_BYTES, ALL_PIECES_BYTES // max(1, len(paths))))
-    return merge([read_file(path, notes, piece) for path in paths], notes)
+    return _merge([_read(path, notes, PIECE_BYTES) for path in paths], notes)
 
 
 def merge(files: Iterable[Iterable[Record]], notes: Notes) -> Iterator[Record]:
@@ -94,31 +130,7 @@ def merge(files: Iterable[Iterable[Record]], notes: Notes) -> Iterator[Record]:
 
     The order inside one stream is always kept, also where its clock was set back.
     """
-    last: tuple[int, str, int] | None = None
-    for clock, node, seq, _, record in heapq.merge(*(_entries(i, file, notes) for i, file in enumerate(files))):
-        if (clock, node, seq) == last:
-            notes.duplicates[node] += 1
-            continue
-        last = (clock, node, seq)
-        yield record
-
-
-def _entries(index: int, file: Iterable[Record], notes: Notes) -> Iterator[_Entry]:
-    now = 0
-    last_seq = 0
-    for record in file:
-        node, seq = record["node"], record["seq"]
-        if seq <= last_seq:
-            notes.duplicates[node] += 1
-            continue
-        if seq > last_seq + 1:
-            notes.gaps[node] += seq - last_seq - 1
-        last_seq = seq
-        now = max(now, record["clock"])
-        yield now, node, seq, index, record
-
-
-_decoder = msgspec.json.Decoder(Record)
+    return whole_records(_merge([_given(iter(file)) for file in files], notes), notes)
 
 
 def read_file(path: Path, notes: Notes, piece: int = PIECE_BYTES) -> Iterator[Record]:
@@ -127,60 +139,181 @@ def read_file(path: Path, notes: Notes, piece: int = PIECE_BYTES) -> Iterator[Re
     Unreadable lines are noted and skipped. The last line of a process that was killed may be torn; that is no loss,
     and neither is one before the first line of the process that was started in its place.
     """
-    node = path.stem
-    pid, unreadable = 0, 0
-    for record in _lines(path, piece):
-        if record is None:
-            unreadable += 1
-            continue
-        if unreadable:
-            notes.add_unreadable(node, unreadable, torn=record["pid"] != pid)
-            unreadable = 0
-        pid = record["pid"]
-        yield record
+    return whole_records((entry for entries in _read(path, notes, piece) for entry in entries), notes)
+
+
+def whole_records(entries: Iterable[Entry], notes: Notes) -> Iterator[Record]:
+    """Each entry decoded. A line whose beginning can be read, but not the whole, is noted and skipped."""
+    for entry in entries:
+        try:
+            yield entry.record()
+        except msgspec.DecodeError:
+            notes.add_unreadable(entry.node, 1, torn=False)
+
+
+def _given(records: Iterator[Record]) -> Iterator[list[Entry]]:
+    while piece := list(islice(records, PIECE_RECORDS)):
+        yield [
+            Entry(one["clock"], one["node"], one["seq"], one["pid"], one["event"], given=one)
+            for one in piece
+        ]
+
+
+# The order
+
+
+class _Stream:
+    """What is read of one writer and not yet merged. Its own order is that in which it wrote."""
+
+    def __init__(self, pieces: Iterator[list[Entry]], notes: Notes) -> None:
+        self.entries: list[Entry] = []
+        self.known_until = 0
+        """No entry that is not yet read has a lower clock."""
+        self._pieces = pieces
+        self._notes = notes
+        self._seq = 0
+
+    def read_on(self) -> None:
+        """Read the next piece."""
+        for piece in self._pieces:
+            entries = self._in_order(piece)
+            if entries:
+                self.entries += entries
+                self.known_until = entries[-1].clock
+                return
+        self.known_until = NEVER
+
+    def take(self, horizon: int) -> list[Entry]:
+        """The entries before this clock, which are then done with."""
+        number = bisect_left(self.entries, horizon, key=_clock)
+        taken = self.entries[:number]
+        del self.entries[:number]
+        return taken
+
+    def _in_order(self, piece: list[Entry]) -> list[Entry]:
+        clocks, seqs = [entry.clock for entry in piece], [entry.seq for entry in piece]
+        regular = seqs == list(range(self._seq + 1, self._seq + 1 + len(piece)))
+        if regular and clocks == sorted(clocks) and clocks[0] >= self.known_until:
+            self._seq = seqs[-1]
+            return piece
+        return list(self._one_by_one(piece))
+
+    def _one_by_one(self, piece: list[Entry]) -> Iterator[Entry]:
+        clock = self.known_until
+        for entry in piece:
+            if entry.seq <= self._seq:
+                self._notes.duplicates[entry.node] += 1
+                continue
+            if entry.seq > self._seq + 1:
+                self._notes.gaps[entry.node] += entry.seq - self._seq - 1
+            self._seq = entry.seq
+            entry.clock = clock = max(clock, entry.clock)
+            yield entry
+
+
+def _merge(files: Iterable[Iterator[list[Entry]]], notes: Notes) -> Iterator[Entry]:
+    """All entries in order. The stream of which least is known is read on; what comes before all that is not yet known
+    is sorted by clock, at little cost, as it consists of sorted runs.
+    """
+    streams = [_Stream(pieces, notes) for pieces in files]
+    for stream in streams:
+        stream.read_on()
+    streams = sorted((stream for stream in streams if stream.entries), key=lambda stream: stream.entries[0].node)
+    copies = len({stream.entries[0].node for stream in streams}) < len(streams)
+    known = [(stream.known_until, number) for number, stream in enumerate(streams)]
+    first = [(stream.entries[0].clock, number) for number, stream in enumerate(streams)]
+    heapq.heapify(known)
+    heapq.heapify(first)
+    while first:
+        horizon, slowest = known[0]
+        batch: list[Entry] = []
+        while first and first[0][0] < horizon:
+            _, number = heapq.heappop(first)
+            batch += streams[number].take(horizon)
+            if streams[number].entries:
+                heapq.heappush(first, (streams[number].entries[0].clock, number))
+        batch.sort(key=_clock)
+        yield from _once(batch, notes) if copies else batch
+        streams[slowest].read_on()
+        heapq.heapreplace(known, (streams[slowest].known_until, slowest))
+
+
+def _once(batch: list[Entry], notes: Notes) -> Iterator[Entry]:
+    """Sorted, without the records of which there is a copy in another file."""
+    before: object = None
+    for entry in sorted(batch, key=_order):
+        key = _order(entry)
+        if key == before:
+            notes.duplicates[entry.node] += 1
+        else:
+            yield entry
+        before = key
+
+
+# One file
+
+
+def _read(path: Path, notes: Notes, piece: int) -> Iterator[list[Entry]]:
+    node, pid, unreadable = path.stem, 0, 0
+    for lines in _lines(path, piece):
+        entries = _decode_all(lines)
+        if entries is None or unreadable:
+            entries = []
+            for line in filter(None, lines.split(b"\n")):
+                entry = _decode_one(line)
+                if entry is None:
+                    unreadable += 1
+                    continue
+                if unreadable:
+                    notes.add_unreadable(node, unreadable, torn=entry.pid != pid)
+                    unreadable = 0
+                pid = entry.pid
+                entries.append(entry)
+        if entries:
+            pid = entries[-1].pid
+            yield entries
     if unreadable:
         notes.add_unreadable(node, unreadable, torn=True)
 
 
-def _lines(path: Path, piece: int) -> Iterator[Record | None]:
+def _lines(path: Path, piece: int) -> Iterator[bytes]:
+    """Whole lines, in pieces; at last what follows the last newline."""
     offset = 0
     rest = b""
     while True:
-        with path.open("rb") as file:
-            file.seek(offset)
-            data = file.read(piece)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            data = os.pread(fd, piece, offset)
+        finally:
+            os.close(fd)
         if not data:
             break
         offset += len(data)
         whole, newline, rest = (rest + data).rpartition(b"\n")
         if newline:
-            yield from _decode(whole)
+            yield whole
     if rest:
-        yield None
+        yield rest
 
 
-def _decode(lines: bytes) -> list[Record | None]:
+def _decode_all(lines: bytes) -> list[Entry] | None:
+    """An entry for each line; None if one cannot be read."""
     try:
-        records: list[Record | None] = list(_decoder.decode_lines(lines))
-    except msgspec.DecodeError:
-        records = [_decode_one(line) for line in lines.split(b"\n")]
-    return [record if record is not None and _is_whole(record) else None for record in records]
-
-
-def _decode_one(line: bytes) -> Record | None:
-    try:
-        return _decoder.decode(line)
+        entries = _entries.decode_lines(lines)
     except msgspec.DecodeError:
         return None
+    each = lines.split(b"\n")
+    if len(entries) != len(each):
+        return None
+    for entry, line in zip(entries, each, strict=True):
+        entry.line = line
+    return entries
 
 
-def _is_whole(record: Record) -> bool:
-    get = record.get
-    return (
-        type(get("clock")) is int
-        and type(get("seq")) is int
-        and type(get("ts")) is int
-        and type(get("pid")) is int
-        and type(get("node")) is str
-        and type(get("event")) is str
-    )
+def _decode_one(line: bytes) -> Entry | None:
+    try:
+        entry = _entries.decode(line)
+    except msgspec.DecodeError:
+        return None
+    entry.line = line
+    return entry

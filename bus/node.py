@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import trio
 
+from bus.admission import Admission
 from bus.clock import LamportClock
 from bus.endpoint import CONNECTIONS, Endpoint, open_endpoint
 from bus.link import Delivery, Identity
@@ -17,6 +18,7 @@ from bus.memory import PhysicalMemory
 from bus.messages import ArmFault, Body, FaultReached, Hello, Proceed, SetLinkFaults, Stopped
 from bus.points import FaultPoints
 from bus.records import Recorder, open_records
+from bus.refusals import Refusals
 from bus.spec import KVM, LAUNCHER, SEAMLDR, MachineSpec, cpu_number
 
 HEAD = 16
@@ -30,7 +32,13 @@ class Node:
     """What a process of the machine has; made by `join`."""
 
     def __init__(
-        self, spec: MachineSpec, identity: Identity, clock: LamportClock, recorder: Recorder, endpoint: Endpoint
+        self,
+        spec: MachineSpec,
+        identity: Identity,
+        clock: LamportClock,
+        recorder: Recorder,
+        endpoint: Endpoint,
+        refusals: Refusals,
     ) -> None:
         self.spec = spec
         self.identity = identity
@@ -38,6 +46,7 @@ class Node:
         self.recorder = recorder
         self.endpoint = endpoint
         self.emit = recorder.emit
+        self.refuse = refusals.add
         number = cpu_number(identity.node)
         self.points = FaultPoints(-1 if number is None else number)
         self._stands_at = 0
@@ -47,7 +56,7 @@ class Node:
         match body:
             case ArmFault(fault=fault, point=point, nth=nth, cpu=cpu):
                 if not self.points.arm(fault, point, nth, cpu):
-                    self.emit("refused", reason="point", head=point[:HEAD])
+                    self.refuse("point", point[:HEAD])
             case Proceed(fault=fault):
                 self.points.disarm(fault)
                 if fault == self._stands_at:
@@ -111,21 +120,27 @@ async def join(spec: MachineSpec, node: str, incarnation: int) -> AsyncIterator[
     recorder = open_records(Path(spec.run_dir, "records", f"{node}.jsonl"), node, clock, spec.trace)
     identity = Identity(node, incarnation)
 
+    refusals = Refusals(recorder.emit)
+
     def on_refused(reason: str, head: bytes) -> None:
-        recorder.emit("refused", reason=reason, head=head[:HEAD].hex())
+        refusals.add(reason, head[:HEAD].hex())
 
     def on_backlog(to: str, waiting: int) -> None:
         recorder.emit("link_backlog", to=to, waiting=waiting)
 
     connections = len(spec.nodes()) + 1 if node in (LAUNCHER, SEAMLDR, KVM) else CONNECTIONS
-    async with open_endpoint(identity, spec.socket_dir, spec.key, clock, on_refused, connections) as endpoint:
+    admission = Admission(spec, node)
+    async with open_endpoint(
+        identity, spec.socket_dir, spec.key, clock, on_refused, connections, admission
+    ) as endpoint:
         endpoint.expect([LAUNCHER, *spec.nodes()])
         endpoint.on_backlog = on_backlog
         for member in spec.members:
             endpoint.member(member.node, member.incarnation, "online" if member.alive else "dead")
         try:
-            yield Node(spec, identity, clock, recorder, endpoint)
+            yield Node(spec, identity, clock, recorder, endpoint, refusals)
         finally:
+            refusals.conclude()
             recorder.close()
 
 

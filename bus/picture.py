@@ -14,7 +14,7 @@ from bus.spec import LAUNCHER
 
 class Picture(msgspec.Struct, frozen=True):
     """`begin` and `end` are monotonic ns. `lanes` are in the order in which they are shown; of the others, all but
-    `holds` of different locks are in time order. `strange` counts records that are not as the event table says.
+    `holds` of different locks are in time order.
     """
 
     begin: int
@@ -25,7 +25,6 @@ class Picture(msgspec.Struct, frozen=True):
     stages: list[Stage]
     holds: list[Hold]
     depths: list[Depth]
-    strange: int
 
 
 class Painter:
@@ -34,7 +33,6 @@ class Painter:
     def __init__(self) -> None:
         self._lanes = Lanes()
         self._marks = Marks(self._lanes.activities)
-        self._strange = 0
 
     @property
     def activities(self) -> Activities:
@@ -42,12 +40,9 @@ class Painter:
         return self._lanes.activities
 
     def see(self, record: Record) -> None:
-        """The next record. One that is not as the event table says is passed over, and counted."""
-        try:
-            self._lanes.see(record)
-            self._marks.see(record)
-        except (KeyError, TypeError, AttributeError):
-            self._strange += 1
+        """The next record; raises KeyError or TypeError if it is not as the event table says."""
+        self._lanes.see(record)
+        self._marks.see(record)
 
     def finish(self) -> Picture:
         """The picture, when there are no more records."""
@@ -63,5 +58,4 @@ class Painter:
             stages=marks.stages,
             holds=marks.holds,
             depths=marks.depths,
-            strange=self._strange,
         )

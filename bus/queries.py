@@ -50,7 +50,7 @@ QUERIES: dict[str, Query] = {
     "lock-slowest": Query(
         "The ten longest waits for a lock, and who held it while they waited.",
         "SELECT w.lock, w.cpu, w.ctx, round(w.asked_ms, 3) AS asked_ms, round(w.wait_us, 1) AS wait_us, "
-        "count(DISTINCT (h.epoch, h.number)) AS holds_meanwhile, list(DISTINCT h.cpu ORDER BY h.cpu) AS by_cpus "
+        "count(h.cpu) AS holds_meanwhile, list(DISTINCT h.cpu ORDER BY h.cpu) FILTER (h.cpu IS NOT NULL) AS by_cpus "
         "FROM (SELECT * FROM lock_waits WHERE wait_us IS NOT NULL ORDER BY wait_us DESC, asked_ms LIMIT 10) w "
         "LEFT JOIN lock_holds h ON h.lock = w.lock AND h.held_ms < w.held_ms "
         "AND coalesce(h.dropped_ms, w.held_ms) > w.asked_ms "
@@ -59,12 +59,12 @@ QUERIES: dict[str, Query] = {
     "ipi-latency": Query(
         "From the sending of an interrupt to its delivery, by vector and target CPU.",
         f"SELECT vector, nmi, target, count(*) AS sent, count(latency_us) AS delivered, "
-        f"count_if(coalesced) AS coalesced, {_spread('latency_us')} FROM ipis GROUP BY vector, nmi, target "
+        f"count(*) FILTER (coalesced) AS coalesced, {_spread('latency_us')} FROM ipis GROUP BY vector, nmi, target "
         "ORDER BY vector, nmi, target",
     ),
     "cross-calls": Query(
         "From the queueing of a cross-call to its end, by function.",
-        "SELECT func, count(*) AS calls, count(run_us) AS run, count_if(wait) AS waited_for, "
+        "SELECT func, count(*) AS calls, count(run_us) AS run, count(*) FILTER (wait) AS waited_for, "
         "round(p50(run_us), 1) AS run_p50_us, round(p99(run_us), 1) AS run_p99_us, round(p50(done_us), 1) AS "
         "done_p50_us, round(p99(done_us), 1) AS done_p99_us FROM cross_calls GROUP BY func ORDER BY func",
     ),
@@ -80,9 +80,9 @@ QUERIES: dict[str, Query] = {
         "ORDER BY update, min(begin_ms) OVER (PARTITION BY update, state), state, cpu",
     ),
     "update-slowest": Query(
-        "The slowest CPU of each update: the most time at work in its stages, and the stages in which all waited for it.",
+        "The slowest CPU of each update, by its time at work in the stages, and in how many all waited for it.",
         "SELECT update, cpu, round(work_us, 1) AS work_us, round(work_us / all_us * count, 2) AS times_the_mean, "
-        "held_up FROM (SELECT update, cpu, sum(work_us) AS work_us, count_if(last) AS held_up, "
+        "held_up FROM (SELECT update, cpu, sum(work_us) AS work_us, count(*) FILTER (last) AS held_up, "
         "sum(sum(work_us)) OVER (PARTITION BY update) AS all_us, count(*) OVER (PARTITION BY update) AS count, "
         "row_number() OVER (PARTITION BY update ORDER BY sum(work_us) DESC NULLS LAST, cpu) AS place "
         "FROM update_states GROUP BY update, cpu) WHERE place = 1 ORDER BY update",
@@ -95,19 +95,20 @@ QUERIES: dict[str, Query] = {
     ),
     "seamcalls": Query(
         "Every SEAMCALL leaf: how often it entered SEAM, how long it stayed, how many statuses were not 0.",
-        f"SELECT name, count(*) AS calls, count_if(status <> 0) AS not_zero, {_spread('inside_us')} "
+        f"SELECT name, count(*) AS calls, count(*) FILTER (status <> 0) AS not_zero, {_spread('inside_us')} "
         "FROM seam_residences GROUP BY name ORDER BY calls DESC, name",
     ),
     "lost-vmcs": Query(
         "P-SEAMLDR calls that took a current VMCS away, by CPU, and what was loaded there next.",
-        "SELECT cpu, name, count(*) AS lost, count_if(same_next) AS same_next, "
-        "count_if(same_next AND next_skipped) AS believed_still_current FROM lost_vmcss GROUP BY cpu, name "
+        "SELECT cpu, name, count(*) AS lost, count(*) FILTER (same_next) AS same_next, "
+        "count(*) FILTER (same_next AND next_skipped) AS believed_still_current FROM lost_vmcss GROUP BY cpu, name "
         "ORDER BY cpu, name",
     ),
     "loads-skipped": Query(
         "vCPU loads by CPU and by the way they came about, and those whose VMPTRLD was skipped.",
-        "SELECT on_cpu AS cpu, via, count(*) AS loads, count_if(skipped) AS skipped, count_if(migrated) AS migrated, "
-        "round(100 * count_if(skipped) / count(*), 1) AS percent_skipped FROM vcpu_load GROUP BY cpu, via "
+        "SELECT on_cpu AS cpu, via, count(*) AS loads, count(*) FILTER (skipped) AS skipped, "
+        "count(*) FILTER (migrated) AS migrated, "
+        "round(100 * count(*) FILTER (skipped) / count(*), 1) AS percent_skipped FROM vcpu_load GROUP BY cpu, via "
         "ORDER BY cpu, via",
     ),
     "vmcs-moves": Query(
@@ -129,7 +130,7 @@ QUERIES: dict[str, Query] = {
     ),
     "requests": Query(
         "What user space asked for, by kind: how long it waited for the CPU's thread, and how long that worked.",
-        "SELECT kind, count(*) AS requests, count(total_us) AS ended, count_if(errno <> 0) AS failed, "
+        "SELECT kind, count(*) AS requests, count(total_us) AS ended, count(*) FILTER (errno <> 0) AS failed, "
         "round(p50(wait_us), 1) AS wait_p50_us, round(p99(wait_us), 1) AS wait_p99_us, "
         "round(p50(work_us), 1) AS work_p50_us, round(p99(work_us), 1) AS work_p99_us "
         "FROM request_times GROUP BY kind ORDER BY kind",

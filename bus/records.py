@@ -152,7 +152,7 @@ def open_records(path: str | Path, node: str, clock: LamportClock, trace: bool =
 
     Raises `OSError` if the file cannot be opened.
     """
-    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     seq, last = _resume(fd)
     clock.merge(last)
     return Recorder(fd, node, clock, seq, trace)

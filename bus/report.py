@@ -11,6 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 from bus.invariants import INVARIANTS
+from bus.summary_words import (
+    all_refused,
+    broken_text,
+    cost_text,
+    errors_text,
+    own_violations,
+    times_text,
+    updates_text,
+    updates_word,
+)
 
 Summary = dict[str, Any]
 
@@ -23,29 +33,9 @@ def verdict_text(summary: Summary) -> Text:
     """The verdict in its colour, with what qualifies it."""
     verdict = summary["verdict"]
     text = Text(verdict, style=f"bold {COLORS.get(verdict, '')}")
-    updates = summary["updates"]
-    if verdict == "safe" and updates["refused"] and updates["refused"] == updates["requested"]:
+    if all_refused(summary):
         text.append(" (every update refused)", style="dim")
     return text
-
-
-def broken_text(summary: Summary) -> str:
-    """Ids of the invariants that broke by themselves, then those that follow: "I2, I3 (so I14, I18)"."""
-    follow = [v["invariant"] for v in summary["violations"] if v["follows_from"]]
-    return ", ".join(_own(summary)) + (f" (so {', '.join(follow)})" if follow else "")
-
-
-def errors_text(summary: Summary) -> str:
-    """Failed VMREADs, VMWRITEs and VM entries."""
-    vmx = summary["vmx"]
-    return f"{vmx['vmread_errors']} / {vmx['vmwrite_errors']} / {vmx['entry_errors']}"
-
-
-def updates_text(summary: Summary) -> str:
-    """Updates that succeeded of those requested, and what became of the others."""
-    updates = summary["updates"]
-    rest = [f"{updates[word]} {word}" for word in ("failed", "refused") if updates[word]]
-    return f"{updates['succeeded']} of {updates['requested']}" + "".join(f", {part}" for part in rest)
 
 
 def print_run(console: Console, summary: Summary) -> None:
@@ -104,7 +94,7 @@ def print_stories(console: Console, summary: Summary) -> None:
     for violation in summary["violations"]:
         if violation["follows_from"]:
             continue
-        times = f"{violation['count']} time" + ("s" if violation["count"] > 1 else "")
+        times = times_text(violation["count"])
         console.print(Text(f"\n{violation['invariant']} {violation['slug']}, {times}", style="bold"))
         for line in violation["first"]["text"]:
             console.print(Text(f"  {line}"), soft_wrap=True)
@@ -141,11 +131,11 @@ class Column(NamedTuple):
 COMPARISON = (
     Column("strategy", lambda name, _: name, left=True),
     Column("verdict", lambda _, s: Text(s["verdict"], style=COLORS.get(s["verdict"], "")), 6, left=True),
-    Column("broken", lambda _, s: ", ".join(_own(s)), 8, left=True),
+    Column("broken", lambda _, s: ", ".join(own_violations(s)), 8, left=True),
     Column("errors\nr / w / entry", lambda _, s: errors_text(s), 13),
-    Column("extra per call\nPTRLD / CLEAR", lambda _, s: _cost_text(s["cost"]), 14, console_width=100),
+    Column("extra per call\nPTRLD / CLEAR", lambda _, s: cost_text(s), 14, console_width=100),
     Column("times\nexposed", lambda _, s: str(s["exposures"]["lost_vmcs"]), 7, console_width=90),
-    Column("updates", lambda _, s: _updates_word(s["updates"]), 9),
+    Column("updates", lambda _, s: updates_word(s), 9),
 )
 
 
@@ -163,22 +153,6 @@ def print_comparison(console: Console, title: str, summaries: dict[str, Summary]
     for name, summary in summaries.items():
         table.add_row(*(column.cell(name, summary) for column in columns))
     console.print(table)
-
-
-def _own(summary: Summary) -> list[str]:
-    """Ids of the invariants that broke by themselves."""
-    return [v["invariant"] for v in summary["violations"] if not v["follows_from"]]
-
-
-def _cost_text(cost: dict[str, int]) -> str:
-    calls = cost["calls"] or 1
-    return f"{cost['extra_vmptrld'] / calls:.2f} / {cost['extra_vmclear'] / calls:.2f}"
-
-
-def _updates_word(updates: dict[str, int]) -> str:
-    """ "2 done", "2 refused", "1 done, 1 failed"."""
-    words = (("done", updates["succeeded"]), ("failed", updates["failed"]), ("refused", updates["refused"]))
-    return ", ".join(f"{count} {word}" for word, count in words if count) or "none"
 
 
 def console_for(file: IO[str]) -> Console:

@@ -11,14 +11,18 @@ record.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Set
+from typing import Any, TypeVar
 
 import msgspec
 
 from bus.events import NONE
 from bus.records import Record
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 P_SEAMLDR = 1 << 63
 """Bit of RAX that says: this leaf is P-SEAMLDR's."""
@@ -27,6 +31,7 @@ STAGES = ("START", "SHUTDOWN", "CPU_INSTALL", "CPU_INIT", "RUN_UPDATE", "DONE")
 """Stages of an update in their order; whatever follows DONE is the end."""
 
 
+@functools.cache
 def cpu_node(cpu: int | str) -> str:
     """The node of a CPU that a record names by number (or by node)."""
     return f"cpu{cpu}" if isinstance(cpu, int) else cpu
@@ -135,6 +140,18 @@ class UpdateShadow(msgspec.Struct):
         return len(acks) == self.size if self.online is None else self.online <= acks.keys()
 
 
+class _Made(dict[_Key, _Value]):
+    """A dictionary that makes what is asked for and not there."""
+
+    def __init__(self, make: Callable[[_Key], _Value]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, key: _Key) -> _Value:
+        made = self[key] = self._make(key)
+        return made
+
+
 class Shadow:
     """The state after the records applied so far. `knobs` are those of `machine_begin`."""
 
@@ -143,9 +160,15 @@ class Shadow:
         self.sweeps = str(knobs.get("seamret_scope", "current_only")) == "all_active_on_lp"
         self.fixed = is_set(knobs.get("vmx_basic_bit60", 0))
         self.hangs = str(knobs.get("lock_policy", "release")) == "hang"
-        self.cpus: dict[str, CpuShadow] = {}
-        self.vmcs: dict[int, VmcsShadow] = {}
-        self.locks: dict[str, LockShadow] = {}
+        self.cpus = _Made[str, CpuShadow](CpuShadow)
+        self.vmcs = _Made[int, VmcsShadow](lambda _: VmcsShadow())
+        self.locks = _Made[str, LockShadow](lambda _: LockShadow())
+        self.cpu: Callable[[str], CpuShadow] = self.cpus.__getitem__
+        """Shadow of the CPU with this node name."""
+        self.v: Callable[[int], VmcsShadow] = self.vmcs.__getitem__
+        """Shadow of the VMCS at this physical address."""
+        self.lock: Callable[[str], LockShadow] = self.locks.__getitem__
+        """Shadow of the lock with this name."""
         self.requests: dict[tuple[str, str, int], Record] = {}
         """Lock requests without a hold, by node, lock and request number."""
         self.calls: dict[tuple[str, int], Record] = {}
@@ -167,26 +190,10 @@ class Shadow:
             name[4:]: getattr(self, name) for name in dir(self) if name.startswith("_on_")
         }
 
-    def cpu(self, node: str) -> CpuShadow:
-        """Shadow of the CPU with this node name."""
-        found = self.cpus.get(node)
-        if found is None:
-            found = self.cpus[node] = CpuShadow(node)
-        return found
-
-    def v(self, vmcs: int) -> VmcsShadow:
-        """Shadow of the VMCS at this physical address."""
-        found = self.vmcs.get(vmcs)
-        if found is None:
-            found = self.vmcs[vmcs] = VmcsShadow()
-        return found
-
-    def lock(self, name: str) -> LockShadow:
-        """Shadow of the lock with this name."""
-        found = self.locks.get(name)
-        if found is None:
-            found = self.locks[name] = LockShadow()
-        return found
+    @property
+    def heeded(self) -> Set[str]:
+        """Events that change the state."""
+        return self._apply.keys()
 
     def open_update(self) -> UpdateShadow | None:
         """The update that has begun and not ended."""

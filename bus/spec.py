@@ -39,7 +39,8 @@ class MachineSpec(msgspec.Struct, frozen=True):
     """One machine. Directories are absolute; `memory_fd` is inherited; `images` are version 2 files, one an update.
 
     `sysfs` is the directory for the files of the update's user interface, empty for none. `members` are those that are
-    not alive in their first incarnation at the time of the fork, which was after Lamport time `clock`.
+    not alive in their first incarnation at the time of the fork, which was after Lamport time `clock`. `buffers` are
+    the physical addresses, first and past the last, of what user space may hand to the kernel.
     """
 
     run_dir: str
@@ -60,6 +61,7 @@ class MachineSpec(msgspec.Struct, frozen=True):
     sysfs: str = ""
     members: tuple[MemberState, ...] = ()
     clock: int = 0
+    buffers: tuple[int, int] = (0, 0)
 
     def cpu_nodes(self) -> list[str]:
         """Names of the CPUs' processes."""
@@ -77,4 +79,4 @@ def cpu_number(node: str) -> int | None:
     (12, None)
     """
     digits = node.removeprefix("cpu")
-    return int(digits) if node.startswith("cpu") and digits.isdigit() else None
+    return int(digits) if node.startswith("cpu") and digits.isascii() and digits.isdigit() else None

@@ -121,14 +121,14 @@ VIEWS: dict[str, View] = {
             "target": "CPU",
             "vector": "0 to 255",
             "nmi": "whether it is an NMI",
-            "sent_ms": "when it left",
+            "sent_ms": "when it was handed to the link",
             "delivered_ms": "when it had set the pending bit; NULL if it never did",
             "coalesced": "the bit was set already",
             "latency_us": "from sending to delivering",
         },
         """
-        SELECT s.id, s.on_cpu AS source, s.target, s.vector, s.nmi, s.ms AS sent_ms, d.ms AS delivered_ms,
-               d.coalesced, (d.ts - s.ts) / 1e3 AS latency_us
+        SELECT s.id, s.on_cpu AS source, s.target, s.vector, s.nmi, s.ms - coalesce(s.took_ns, 0) / 1e6 AS sent_ms,
+               d.ms AS delivered_ms, d.coalesced, (d.ts - s.ts + coalesce(s.took_ns, 0)) / 1e3 AS latency_us
         FROM ipi_send s
         LEFT JOIN ipi_deliver d ON d.id = s.id AND d.on_cpu = s.target
         """,

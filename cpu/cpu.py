@@ -230,8 +230,10 @@ class Cpu(VmxOperations, CpuCore):
     async def send_ipi(self, target: int, vector: int, *, nmi: bool = False) -> None:
         """Write the ICR: an interrupt message to one CPU."""
         self.count.ipis_sent += 1
+        begun = self.world.now_ns()
         message = self.world.send_ipi(target, vector, nmi)
-        self.emit("ipi_send", target=target, vector=vector, nmi=int(nmi), id=message)
+        took = self.world.now_ns() - begun
+        self.emit("ipi_send", target=target, vector=vector, nmi=int(nmi), id=message, took_ns=took)
         await self.give_way()
 
     def ring_watchers(self, word: int) -> None:

@@ -3,6 +3,8 @@
     0x0010_0000   words of the whole kernel (online mask, update control, stop_machine)
     0x0018_0000   TDVPR addresses of the TDs that firmware built, plain u64
     0x0020_0000   watch slots, 64 bytes a CPU, in one row so that a store searches them at memory speed
+    0x0040_0000   a row for each CPU that shows to those who look on what it is doing (`cpu.board`)
+    0x0050_0000   a row for each lock, with who holds it and who waits (`seamldr.lock_board`)
     0x0100_0000   per-CPU areas, four pages a CPU: two of words, VMXON region, scratch VMCS
     0x0800_0000   task area, two pages a task: struct task with struct vcpu and struct loaded_vmcs, VMCS region
     0x0C00_0000   TD area, one page a TD that KVM builds: struct kvm_tdx
@@ -30,6 +32,9 @@ WATCH_SLOTS = 8
 KERNEL_WORDS = 0x0010_0000
 TD_TABLE = 0x0018_0000
 WATCH_TABLE = 0x0020_0000
+BOARD = 0x0040_0000
+BOARD_ROW = 128
+LOCK_BOARD = 0x0050_0000
 PER_CPU = 0x0100_0000
 PER_CPU_SIZE = 4 * PAGE_SIZE
 TASKS = 0x0800_0000
@@ -206,10 +211,10 @@ class LoadedVmcs(KernelStruct):
 
 
 class Task(KernelStruct):
-    """The truth about a thread that moves between CPUs, changed only by the CPU that has it."""
+    """The truth about a thread that moves between CPUs, changed by the CPU that has it; by user space if none has."""
 
     place = Word()
-    """cpu * 4 + 2 * on a run queue + running, or NONE."""
+    """cpu * 4 + 2 if it is on that CPU's run queue; without the 2 it is on its way there. NONE: it has ended."""
 
 
 KERNEL = KernelData(KERNEL_WORDS)

@@ -31,6 +31,7 @@ from bus.node import Node, join, shared_memory, until_terminated
 from bus.spec import LAUNCHER, SEAMLDR, MachineSpec, cpu_number
 from cpu import watch
 from cpu.apic import Vector
+from cpu.board import Board, Doing
 from cpu.core import CpuFunction, GuestExit, GuestRun, Kernel, SeamReply, SeamTrap
 from cpu.cpu import Cpu
 from cpu.layout import per_cpu
@@ -109,6 +110,8 @@ class CpuProcess:
             trace=node.spec.trace,
             quantum=QUANTUM,
         )
+        self.board = Board(unit.memory, number, self.cpu.count)
+        self.board.change(Doing.KERNEL, monotonic_ns())
         node.recorder.context = self.cpu.record_context
         node.points.on_due = self._fault_due
         self.loop = StepLoop(self.cpu, self._thread_ended)
@@ -150,10 +153,12 @@ class CpuProcess:
                 pass
             case LockGrant() | Seamret() if not self.endpoint.is_alive(delivery.source):
                 pass  # it came with the record of its sender's death; what was claimed since then holds
-            case LockGrant(request=request, epoch=epoch, number=number):
+            case LockGrant(request=request, epoch=epoch, number=number) if request in self.cpu.requests:
                 self.cpu.lock_granted(request, epoch, number)
-            case Seamret() as seamret:
+            case Seamret() as seamret if self._call is not None and seamret.call == self._call.call:
                 self._seamret = seamret
+            case LockGrant() | Seamret():
+                self.node.refuse("unasked", type(delivery.body).__name__)
             case Stop():
                 self._begin_to_stop()
             case Member(node=node, incarnation=incarnation, state=state):
@@ -181,13 +186,15 @@ class CpuProcess:
         if state == "dead":
             self.cpu.take_what_waits()
             return
-        area, send = per_cpu(number), self.cpu.world.send_ipi
+        area, world = per_cpu(number), self.cpu.world
         waiting = (area.call_single_queue, Vector.CALL_FUNCTION_SINGLE), (area.stopper_work, Vector.RESCHEDULE)
         for word, vector in waiting:
             if self.cpu.memory.load(word)[0]:
                 self.cpu.count.ipis_sent += 1
-                message = send(number, vector, False)
-                self.cpu.emit("ipi_send", target=number, vector=int(vector), nmi=0, id=message)
+                begun = world.now_ns()
+                message = world.send_ipi(number, vector, False)
+                took = world.now_ns() - begun
+                self.cpu.emit("ipi_send", target=number, vector=int(vector), nmi=0, id=message, took_ns=took)
 
     def claim(self) -> None:
         """A lock service that has started again is told all that this CPU holds and waits for, and its SEAMCALL."""
@@ -210,7 +217,7 @@ class CpuProcess:
     def _interrupt(self, delivery: Delivery, ipi: Ipi) -> None:
         cpu, vector, nmi = self.cpu, ipi.vector, ipi.nmi
         if not nmi and vector not in cpu.kernel.interrupts:
-            cpu.emit("refused", reason="vector", head=f"{vector:02x}")
+            self.node.refuse("vector", f"{vector:02x}")
             return
         coalesced = cpu.apic.accept_nmi() if nmi else cpu.apic.accept(vector)
         cpu.count.ipis_delivered += 1
@@ -260,9 +267,10 @@ class CpuProcess:
                 self._poll()
                 await self._breathe()
             elif need is Need.RELAX:
-                await self._sleep(list(cpu.recent_loads))
+                await self._sleep(self._spins_for(), list(cpu.recent_loads))
             elif need is Need.IDLE:
-                await self._sleep([word for thread in self.loop.sleepers for word in thread.sleeping_on or []])
+                words = [word for thread in self.loop.sleepers for word in thread.sleeping_on or []]
+                await self._sleep(Doing.IDLE, words)
             elif isinstance(need, GuestRun):
                 reply = await self._run_guest()
             elif isinstance(need, SeamTrap):
@@ -270,13 +278,26 @@ class CpuProcess:
 
     async def _stand_still(self) -> None:
         """A fault is due here, before anything else may happen."""
-        for delivery in await self.node.stand_still():
+        self.board.change(Doing.STANDS, monotonic_ns())
+        late = await self.node.stand_still()
+        self.board.change(Doing.KERNEL, monotonic_ns())
+        for delivery in late:
             self._handle(delivery)
 
-    async def _wait(self) -> None:
-        """Until a message may have come, or the timer has ticked."""
-        with trio.CancelScope() as self._nap:
-            await self.endpoint.wait()
+    async def _wait(self, doing: Doing, detail: int = 0) -> None:
+        """Until a message may have come, or the timer has ticked; meanwhile the CPU shows that it does this."""
+        self.board.change(doing, monotonic_ns(), detail)
+        try:
+            with trio.CancelScope() as self._nap:
+                await self.endpoint.wait()
+        finally:
+            self.board.change(Doing.KERNEL, monotonic_ns())
+
+    def _spins_for(self) -> Doing:
+        current = self.loop.current
+        if any(request.token == (0, 0) for request in self.cpu.requests.values()):
+            return Doing.LOCK
+        return Doing.STOPPED if current is not None and current.priority is Priority.STOPPER else Doing.WAITS
 
     def wake(self) -> None:
         """An event that is no message is due: whoever waits looks again."""
@@ -288,13 +309,13 @@ class CpuProcess:
             self._rested = now
             await trio.lowlevel.checkpoint()
 
-    async def _sleep(self, loads: list[tuple[int, int]]) -> None:
+    async def _sleep(self, doing: Doing, loads: list[tuple[int, int]]) -> None:
         """Until a message comes, unless one is there or one of the words changes before."""
         cpu = self.cpu
         if self._poll() or self.loop.event_due():
             return
         if watch.arm(cpu.memory, cpu.number, loads):
-            await self._wait()
+            await self._wait(doing)
         watch.disarm(cpu.memory, cpu.number)
         self._poll()
 
@@ -308,12 +329,13 @@ class CpuProcess:
             if points.due is not None:
                 await self._stand_still()
         rest = 0 if self._exits % EXITS_PER_REST else self.spec.workload.guest_ns / 1e9
+        task = self.loop.current.task if self.loop.current is not None else None
         with trio.move_on_after(rest) as guest_time:
             while rest:
                 self._poll()
                 if apic.nmi_pending or apic.irr:
                     break
-                await self._wait()
+                await self._wait(Doing.GUEST, 0 if task is None else task + 1)
         if not guest_time.cancelled_caught:
             self._poll()
         if apic.nmi_pending:
@@ -340,7 +362,8 @@ class CpuProcess:
             if request.guest and not self._told and (cpu.apic.irr or cpu.apic.nmi_pending):
                 self._told = True
                 self.endpoint.send(SEAMLDR, SeamcallEvent(self._calls, cpu.apic.nmi_pending))
-            await self._wait()
+            await self._wait(Doing.P_SEAMLDR if request.rax >> 63 else Doing.SEAM, request.rax)
+        self.board.calls += seamret.entered and request.rax >> 63
         cpu.waits_for = ("", "")
         self._call = None
         return SeamReply(seamret.entered, seamret.rax, seamret.registers)
@@ -370,5 +393,6 @@ async def _main(spec: MachineSpec, name: str, incarnation: int, number: int, per
                 nursery.start_soon(keep_watch, cpu, thresh_s, process.wake)
             await process.run()
             nursery.cancel_scope.cancel()
+        process.board.change(Doing.OFFLINE, monotonic_ns())
         process.counters()
         await node.say_goodbye(msgspec.structs.asdict(cpu.count))

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from bus.differences import Side, differences
 from bus.judge import Judgement, judge
+from bus.junit import junit_xml
+from bus.markdown import comparison_markdown, run_markdown
+from bus.merge import Notes
+from bus.queries import UnknownQuery
 from bus.report import console_for, print_invariants, print_run
+from bus.report_differences import differences_as_dict, print_differences
 from bus.snapshot import RunError
-from kvm.summary import Summary, exit_status, summarize, write_summary
+from bus.sql import QueryError, open_database
+from kvm.sql_command import add_sql_arguments, ask, list_queries
+from kvm.summary import SAFE, Summary, exit_status, summarize, write_summary
+
+ANALYZE_ERRORS = (RunError, QueryError, UnknownQuery)
+"""What is wrong with the input, in one line."""
 
 
 class Analyzed(msgspec.Struct, frozen=True):
@@ -31,24 +43,48 @@ class Output(msgspec.Struct, frozen=True):
     write: Callable[[Analyzed, Path], Any]
 
 
-OUTPUTS: dict[str, Output] = {}
+def _junit(analyzed: Analyzed, path: Path) -> None:
+    path.write_bytes(junit_xml({str(analyzed.summary["strategy"]): analyzed.summary}))
+
+
+def _markdown(analyzed: Analyzed, path: Path) -> None:
+    path.write_text(run_markdown(analyzed.summary), encoding="utf-8")
+
+
+OUTPUTS: dict[str, Output] = {
+    "junit": Output("write JUnit XML: a test case an invariant", _junit),
+    "markdown": Output("write a summary in Markdown, for a pull request", _markdown),
+}
 """By the name of the option."""
 
 
 def add_analyze_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `analyze`."""
     add = parser.add_argument
-    add("run", metavar="RUN", help="run directory")
+    add("runs", metavar="RUN", nargs="*", help="run directory; of two, it is told what differs between them")
     add("--check", action="store_true", help="also list every invariant with its verdict")
     add("--json", action="store_true", help="print the summary as one JSON object")
     for name, output in OUTPUTS.items():
         add(f"--{name}", metavar="OUT", help=output.help)
+    add_sql_arguments(parser)
     parser.set_defaults(command=analyze_command)
 
 
 def analyze_command(arguments: argparse.Namespace) -> int:
     """Do it; the exit status."""
-    return _judge(arguments, _directory(arguments.run))
+    if arguments.queries:
+        list_queries()
+        return SAFE
+    if len(arguments.runs) not in (1, 2):
+        raise RunError("analyze takes one run directory, or two to compare")
+    directories = [_directory(given) for given in arguments.runs]
+    if arguments.sql is None and (arguments.format or arguments.out):
+        raise RunError("--format and --out are for the answer of --sql")
+    if len(directories) == 2:
+        return _compare(arguments, *directories)
+    if arguments.sql is None:
+        return _judge(arguments, *directories)
+    return _ask(arguments, *directories)
 
 
 def _directory(given: str) -> Path:
@@ -60,13 +96,7 @@ def _directory(given: str) -> Path:
 
 def _judge(arguments: argparse.Namespace, run_dir: Path) -> int:
     """Judge it, write the files that are asked for, show the summary."""
-    judgement = judge(run_dir)
-    summary = summarize(judgement, run_dir)
-    write_summary(summary, run_dir)
-    for name, output in OUTPUTS.items():
-        given: str | None = getattr(arguments, name)
-        if given is not None:
-            _write(output, Analyzed(run_dir, judgement, summary), Path(given))
+    summary = _analyze(arguments, run_dir)
     if arguments.json:
         print(msgspec.json.encode(summary).decode())
         return exit_status(summary)
@@ -77,8 +107,73 @@ def _judge(arguments: argparse.Namespace, run_dir: Path) -> int:
     return exit_status(summary)
 
 
+def _analyze(arguments: argparse.Namespace, run_dir: Path) -> Summary:
+    judgement = judge(run_dir)
+    summary = summarize(judgement, run_dir)
+    write_summary(summary, run_dir)
+    for name, path in _asked_for(arguments).items():
+        _write(OUTPUTS[name], Analyzed(run_dir, judgement, summary), path)
+    return summary
+
+
+def _asked_for(arguments: argparse.Namespace) -> dict[str, Path]:
+    given = {name: getattr(arguments, name) for name in OUTPUTS}
+    return {name: Path(path) for name, path in given.items() if path is not None}
+
+
+def _ask(arguments: argparse.Namespace, run_dir: Path) -> int:
+    """Answer a query; the run is judged only for files that need it."""
+    if _asked_for(arguments):
+        _analyze(arguments, run_dir)
+    ask(arguments, run_dir)
+    return SAFE
+
+
+def _compare(arguments: argparse.Namespace, a: Path, b: Path) -> int:
+    if arguments.sql is not None or arguments.check or _asked_for(arguments):
+        raise RunError("of two runs the differences are told, as a table or with --json, and nothing else")
+    runs = (str(a), str(b))
+    found = differences(_side(a), _side(b))
+    if arguments.json:
+        print(msgspec.json.encode(differences_as_dict(found, runs)).decode())
+    else:
+        print_differences(console_for(sys.stdout), found, runs)
+    return SAFE
+
+
+def _side(run_dir: Path) -> Side:
+    with open_database(run_dir, Notes()) as database:
+        samples = database.samples()
+    return Side(summarize(judge(run_dir), run_dir), samples)
+
+
 def _write(output: Output, analyzed: Analyzed, path: Path) -> None:
-    try:
+    with _writing(path):
         output.write(analyzed, path)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror}") from None
+
+
+# The same for `compare`
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    """The files that `compare` writes when it is asked to."""
+    parser.add_argument("--junit", metavar="OUT", help="write JUnit XML: a suite a strategy")
+    parser.add_argument("--markdown", metavar="OUT", help="write the table in Markdown, for a pull request")
+
+
+def write_reports(arguments: argparse.Namespace, summaries: dict[str, Summary]) -> None:
+    """Write the files that are asked for; raises `RunError`."""
+    if arguments.junit:
+        with _writing(Path(arguments.junit)):
+            Path(arguments.junit).write_bytes(junit_xml(summaries))
+    if arguments.markdown:
+        with _writing(Path(arguments.markdown)):
+            Path(arguments.markdown).write_text(comparison_markdown(summaries), encoding="utf-8")

@@ -12,7 +12,7 @@ import trio
 
 from kvm.chaos import Strike, chaos_topology, run_chaos
 from kvm.fleet import MachineError
-from kvm.machine import Machine
+from kvm.machine import Machine, Watch
 from kvm.plan import Plan, explained, random_plan, smaller, write_plan
 from kvm.summary import Summary, summarize_run
 
@@ -53,13 +53,13 @@ class Round(msgspec.Struct, frozen=True):
         }
 
 
-def run_round(plan: Plan, directory: Path) -> Round:
+def run_round(plan: Plan, directory: Path, watch: Watch | None = None) -> Round:
     """Run one plan in a new directory, write plan.toml there, judge it; raises what `chaos_topology` raises."""
     topology = chaos_topology(plan, directory)
     directory.mkdir(parents=True)
     (directory / "plan.toml").write_text(write_plan(plan))
     try:
-        strikes = trio.run(run_chaos, Machine(topology), plan.fault)
+        strikes = trio.run(run_chaos, Machine(topology, watch=watch), plan.fault)
     except MachineError as error:
         return Round(plan, (), "unfinished", (), (), (str(error),), str(directory))
     return judged(plan, tuple(strikes), summarize_run(directory))

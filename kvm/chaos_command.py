@@ -18,6 +18,7 @@ from kvm.chaos_report import print_points, print_rounds, print_strikes
 from kvm.plan import Plan, PlanError, parse_plan
 from kvm.summary import SAFE, UNFINISHED, VIOLATED, summarize_run
 from kvm.topology import MAX_CPUS
+from kvm.watching import Watching
 from seamldr.strategies import DEFAULT
 
 STATUS = {"held": SAFE, "broken": VIOLATED, "unfinished": UNFINISHED}
@@ -35,6 +36,7 @@ def add_chaos_arguments(parser: argparse.ArgumentParser) -> None:
     add("--run-dir", metavar="DIR", help="where rounds go (default: a new one under runs/)")
     add("--keep", action="store_true", help="keep the records of rounds that held, too")
     add("--no-shrink", action="store_true", help="do not look for a smaller plan that fails in the same way")
+    add("--watch", action="store_true", help="show the machine of the plan while it runs, on stderr")
     add("--list-points", action="store_true", help="print the points at which a fault can strike, and end")
     add("--json", action="store_true", help="print exactly one JSON object")
     parser.set_defaults(command=chaos_command)
@@ -57,6 +59,8 @@ def chaos_command(arguments: argparse.Namespace) -> int:
     directory = _directory(arguments.run_dir)
     if arguments.plan:
         return _one(arguments, read_plan(arguments.plan), directory)
+    if arguments.watch:
+        raise PlanError("--watch goes with a plan")
     return _campaign(arguments, directory)
 
 
@@ -81,7 +85,11 @@ def _directory(given: str | None) -> Path:
 
 def _one(arguments: argparse.Namespace, plan: Plan, directory: Path) -> int:
     """One plan, as `run` shows a run, with what became of its faults."""
-    done = run_round(plan, directory)
+    if arguments.watch:
+        with Watching(plan.strategy) as watching:
+            done = run_round(plan, directory, watching.follow)
+    else:
+        done = run_round(plan, directory)
     if arguments.json:
         print(msgspec.json.encode(done.as_dict()).decode())
         return STATUS[done.outcome]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import secrets
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from time import monotonic
@@ -40,16 +40,27 @@ FINISH_S = 2.0
 """How long user space may take to come to its end when asked, plus `FINISH_PER_CPU_S` for each CPU."""
 FINISH_PER_CPU_S = 0.05
 
-__all__ = ["Machine", "MachineError"]
+__all__ = ["Machine", "MachineError", "OnProgress", "Watch"]
+
+OnProgress = Callable[[dict[str, int]], None]
+Watch = Callable[["Machine"], Awaitable[None]]
 
 
 class Machine(Operator):
-    """One live machine. `on_progress` is called with counts while the workload runs."""
+    """One live machine. `on_progress` is called with counts while the workload runs; `watch` is a task beside it, from
+    before its first process until after its last.
+    """
 
-    def __init__(self, topology: Topology, on_progress: Callable[[dict[str, int]], None] | None = None) -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        on_progress: OnProgress | None = None,
+        watch: Watch | None = None,
+    ) -> None:
         super().__init__()
         self.topology = topology
         self.on_progress = on_progress
+        self._watcher = watch
         self.facts: dict[str, int] = {}
         self.finished = trio.Event()
         self.online_seconds = 0.0
@@ -105,6 +116,8 @@ class Machine(Operator):
         self._describe()
         self._nursery.start_soon(self._receive)
         self._nursery.start_soon(self._hear_parent)
+        if self._watcher is not None:
+            self._nursery.start_soon(self._watcher, self)
         stack.push_async_callback(self._stop_all)
         stack.callback(self._proceed_all)
         stack.push(self._end_early)
@@ -135,6 +148,11 @@ class Machine(Operator):
         )
         self.node.emit("process_online", name=LAUNCHER, incarnation=1)
 
+    @property
+    def ended(self) -> bool:
+        """Whether its work is over, or it broke; what comes is the end of its processes."""
+        return self._ended
+
     # What arrives
 
     async def _receive(self) -> None:
@@ -147,7 +165,7 @@ class Machine(Operator):
     def _handle(self, delivery: Delivery) -> None:
         process = self.processes[delivery.source.node]
         match delivery.body:
-            case Hello():
+            case Hello() if not process.hello:
                 process.hello = True
                 self._came_online(process)
             case Progress(facts=facts):
@@ -167,7 +185,7 @@ class Machine(Operator):
                 self._waits[process.node] = waits
                 self._progressed()
             case body:
-                self.node.emit("refused", reason="unexpected", head=type(body).__name__)
+                self.node.refuse("unexpected", type(body).__name__)
 
     def _progress(self, facts: dict[str, int]) -> None:
         if facts != self.facts:

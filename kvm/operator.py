@@ -170,8 +170,10 @@ class Operator(FaultyLinks):
     def arm(self, point: str, *, cpu: int | None = None, nth: int = 1) -> Standstill:
         """Have whoever reaches `point` for the `nth` time from now on stand still there; `cpu` limits it to one CPU.
 
-        A point that a CPU sees is counted for each CPU by itself. Raises `ValueError` on an unknown point.
+        A point that a CPU sees is counted for each CPU by itself. Raises `ValueError` on an unknown point or CPU.
         """
+        if cpu is not None:
+            self.process(cpu)
         if point not in POINTS:
             raise ValueError(f"no point {point!r}; one of {', '.join(POINTS)}")
         if nth < 1:
@@ -257,7 +259,11 @@ class Operator(FaultyLinks):
         return done.text
 
     async def do(self, what: str, cpu: int = 0, path: str = "") -> Done:
-        """Have user space do something and wait until it has ended; raises `MachineError` if the machine broke."""
+        """Have user space do something and wait until it has ended; raises `MachineError` if the machine broke.
+
+        Raises `ValueError` if the machine has no such CPU.
+        """
+        self.process(cpu)
         self._number += 1
         request = self._number
         self.node.endpoint.send(KVM, Do(request, what, cpu, path))

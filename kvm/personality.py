@@ -83,14 +83,14 @@ def spawn(process: CpuProcess, body: Body) -> Thread | None:
         case Hotplug() as hotplug:
             return Thread("kworker", Priority.KERNEL, _hotplug(process, hotplug))
         case _:
-            process.node.emit("refused", reason="unexpected", head=type(body).__name__)
+            process.node.refuse("unexpected", type(body).__name__)
     return None
 
 
 def _task_thread(process: CpuProcess, task: int) -> Thread | None:
     cpu, spec = process.cpu, process.spec
     if task >= spec.vcpus + spec.tds:
-        process.node.emit("refused", reason="task", head=str(task))
+        process.node.refuse("task", str(task))
         return None
     if not is_active(cpu, cpu.number):
         _send_on(process, task)

@@ -104,7 +104,7 @@ class KvmProcess(Syscalls):
                 self.wake()
             case body:
                 if not self.node.handle_control(body):
-                    self.node.emit("refused", reason="unexpected", head=type(body).__name__)
+                    self.node.refuse("unexpected", type(body).__name__)
 
     def _cpu_changed(self, name: str, state: str) -> None:
         """A CPU has died or lives again: what becomes of requests and tasks."""
@@ -262,15 +262,15 @@ class KvmProcess(Syscalls):
     # The end
 
     async def _end_tasks(self) -> None:
-        """Ask every live task to end; one that is just moving is asked again at its new CPU."""
-        asked: dict[int, int] = {}
+        """Ask every live task to end; one that is just moving is asked when it has arrived."""
+        asked: dict[int, int | None] = {}
         while self.tasks.live:
             self._look_after_tasks()
             for task in sorted(self.tasks.live):
-                owner = self.tasks.owner(task)
-                if owner is not None and asked.get(task) != owner:
-                    asked[task] = owner
-                    self.node.endpoint.send(f"cpu{owner}", StopTask(task))
+                cpu = self.tasks.runs_on(task)
+                if cpu is not None and asked.get(task) != cpu:
+                    self.node.endpoint.send(f"cpu{cpu}", StopTask(task))
+                asked[task] = cpu
             with trio.move_on_after(0.05):
                 await self.changed.wait()
 

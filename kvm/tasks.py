@@ -49,6 +49,11 @@ class Tasks:
         place = self._place(task)
         return None if place == NONE else place >> 2
 
+    def runs_on(self, task: int) -> int | None:
+        """The CPU that has the task on its run queue; None while it is on its way, or if it has ended."""
+        place = self._place(task)
+        return None if place == NONE or not place & ON_RQ else place >> 2
+
     def look(self, usable: Collection[int]) -> int:
         """See what has become of the live tasks; how many have ended, or were lost with a CPU.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from bus.spec import MachineSpec, Workload
+from cpu.layout import BUFFERS, BUFFERS_END
 from kvm.compose import Knobs
 from kvm.images import Images
 from kvm.sysfs import check_sysfs_dir
@@ -65,7 +67,7 @@ class Topology(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             check_sysfs_dir(Path(self.sysfs))
 
     def make_run_dir(self) -> Path:
-        """Create the directory for records and summary; raises `TopologyError` if it is in use."""
+        """Create the directory for records and summary, for its owner alone; raises `TopologyError` if it is in use."""
         if self.run_dir is None:
             path = _fresh(Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{_slug(self.strategy)}")
         else:
@@ -73,8 +75,11 @@ class Topology(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if (path / "records").exists():
             raise TopologyError(f"run directory {path} holds the records of another run; name a new one")
         try:
-            (path / "records").mkdir(parents=True)
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if path.stat().st_uid != os.geteuid():
+                raise TopologyError(f"run directory {path} belongs to another user")
             path.chmod(0o700)
+            (path / "records").mkdir(mode=0o700)
         except OSError as error:
             raise TopologyError(f"run directory {path} cannot be made: {error.strerror}") from None
         return path.resolve()
@@ -138,6 +143,7 @@ def machine_spec(
         images=images.planned,
         trusted_signers=images.signers,
         sysfs=str(Path(topology.sysfs).absolute()) if topology.sysfs is not None else "",
+        buffers=(BUFFERS, BUFFERS_END),
     )
 
 

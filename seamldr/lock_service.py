@@ -44,6 +44,8 @@ class LockService:
         self.queues: dict[str, LockQueue] = {}
         self.recovery: LockRecovery | None = None
         """What the CPUs have claimed, until all have; then the locks go on."""
+        self.on_change: Callable[[LockQueue, int | None], object] = lambda queue, waited_ns: None
+        """Told of each change of a queue, and how long its holder had waited if that was just granted the lock."""
         self._store = store
         self._inside = inside
         self._policy: str = node.spec.knobs["lock_policy"]
@@ -83,7 +85,7 @@ class LockService:
     def _queue(self, name: str) -> LockQueue | None:
         if name not in self.queues:
             if len(self.queues) >= MAX_LOCKS:
-                self.node.emit("refused", reason="too many locks", head=name[:16])
+                self.node.refuse("too many locks", name[:16])
                 return None
             kept = self._store.records().get(f"{LOCK}:{name}")
             memo = msgspec.msgpack.decode(kept, type=LockMemo) if kept else None
@@ -115,8 +117,11 @@ class LockService:
 
     def _granted(self, queue: LockQueue, grant: Grant | None) -> None:
         if grant is None:
+            self.on_change(queue, None)
             return
         request, (epoch, number) = grant.request, grant.token
+        waited_ns = monotonic_ns() - request.since_ns
+        self.on_change(queue, waited_ns)
         self.node.emit(
             "lock_grant",
             lock=queue.name,
@@ -124,7 +129,7 @@ class LockService:
             request=request.request,
             epoch=epoch,
             number=number,
-            waited_ns=monotonic_ns() - request.since_ns,
+            waited_ns=waited_ns,
             holders=1,
         )
         self.node.endpoint.send(request.node, LockGrant(queue.name, request.request, epoch, number))
@@ -213,7 +218,7 @@ class LockService:
             or claim.epoch >= self.node.identity.incarnation
             or not self.recovery.claim(claim.lock, Claim(request, claim.clock, token))
         ):
-            self.node.emit("refused", reason="claim", head=source.node)
+            self.node.refuse("claim", source.node)
             return
         self.node.emit(
             "lock_claim",

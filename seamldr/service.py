@@ -35,6 +35,7 @@ from seamldr.firmware import take_over
 from seamldr.gate import Admission
 from seamldr.journal import SeamCall
 from seamldr.leaves import leaf_name
+from seamldr.lock_board import LockBoard
 from seamldr.lock_service import SEAMLDR_LOCK, LockService, live_cpus
 from seamldr.seam import SeamSide
 from seamldr.status import Fatal
@@ -95,7 +96,7 @@ class SeamldrService:
     def handle(self, delivery: Delivery) -> None:
         """One message; none of an incarnation whose death has come before it."""
         if not self.node.endpoint.is_alive(delivery.source):
-            self.node.emit("refused", reason="dead_incarnation", head=delivery.source.node)
+            self.node.refuse("dead_incarnation", delivery.source.node)
             return
         match delivery.body:
             case LockAcquire() as acquire:
@@ -120,7 +121,7 @@ class SeamldrService:
                 self.stopping = True
             case body:
                 if not self.node.handle_control(body):
-                    self.node.emit("refused", reason="unexpected", head=type(body).__name__)
+                    self.node.refuse("unexpected", type(body).__name__)
 
     def _dead(self, process: Identity) -> None:
         self.locks.dead(process)
@@ -185,13 +186,13 @@ class SeamldrService:
     def _seamcall(self, delivery: Delivery, call: Seamcall) -> None:
         source, lp = delivery.source, cpu_number(delivery.source.node)
         if lp is None or lp >= self.node.spec.cpus:
-            self.node.emit("refused", reason="seamcall", head=source.node)
+            self.node.refuse("seamcall", source.node)
             return
         known = self.seam.journal.find(lp, source.incarnation, call.call)
         if known is not None:
             self._again(delivery, call, lp, known)
         elif self.seam.journal.inside(lp) is not None:
-            self.node.emit("refused", reason="seamcall", head=source.node)
+            self.node.refuse("seamcall", source.node)
         elif call.rax >> 63:
             self.locks.after_recovery(lambda: self._call_p_seamldr(delivery, call, lp))
         else:
@@ -299,7 +300,9 @@ def main(spec: MachineSpec, node: str, incarnation: int) -> None:
 
 async def _main(spec: MachineSpec, name: str, incarnation: int) -> None:
     async with until_terminated(), join(spec, name, incarnation) as node, trio.open_nursery() as nursery:
-        service = SeamldrService(node, take_over(spec, shared_memory(spec)), nursery)
+        memory = shared_memory(spec)
+        service = SeamldrService(node, take_over(spec, memory), nursery)
+        service.locks.on_change = LockBoard(memory).show
         if incarnation > 1:
             service.take_over()
         node.say_hello(os.getpid())

@@ -76,6 +76,8 @@ async def seamldr_install_module(cpu: Cpu, pages: tuple[int, ...], length: int, 
     header = await cpu.read_phys(pages[0], PAGE_SIZE)
     try:
         image = check_header(header[:length], length)
+        if length > len(pages) * PAGE_SIZE:
+            raise ImageError("the pages end before the image does")
     except ImageError as error:
         cpu.pr_err(f"seamldr: {error}")
         cpu.emit("update_refused", errno=-error.errno, why=str(error))

@@ -207,8 +207,8 @@ class Run:
 
     # Interrupts and cross-calls
 
-    def ipi_send(self, target: int, message: int) -> Run:
-        return self.write("ipi_send", target=target, vector=0xFB, nmi=0, id=message)
+    def ipi_send(self, target: int, message: int, took_ns: int = 0) -> Run:
+        return self.write("ipi_send", target=target, vector=0xFB, nmi=0, id=message, took_ns=took_ns)
 
     def ipi_deliver(self, source: int, message: int) -> Run:
         return self.write("ipi_deliver", source=f"cpu{source}", vector=0xFB, nmi=0, id=message, coalesced=0)

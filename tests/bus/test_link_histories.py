@@ -267,6 +267,8 @@ class BadBus(RuleBasedStateMachine):
             return
         self.wire.clear()
         self.heal()
+        for node in NODES:
+            self.drain(node, 10_000)
         alive = [process for process in self.last.values() if process.alive]
         for process in self.last.values():
             if not process.alive:
@@ -274,6 +276,8 @@ class BadBus(RuleBasedStateMachine):
         for process in alive:
             self.hear(process.node, len(process.news))
         for _ in range(400):
+            if self.wire == [] and all(process.peers.due == NEVER for process in alive):
+                break
             for process in alive:
                 self.wait(process.node, RESEND_AT_MOST)
             self.deliver_well(len(self.wire))
@@ -288,6 +292,6 @@ class BadBus(RuleBasedStateMachine):
 
 
 BadBus.TestCase.settings = settings(
-    max_examples=100, stateful_step_count=40, derandomize=True, deadline=None, database=None
+    max_examples=200, stateful_step_count=50, derandomize=True, deadline=None, database=None
 )
 TestBadBus = BadBus.TestCase

@@ -47,15 +47,15 @@ def live(seed: int, **settings: Any) -> Iterator[Lives]:
 
 
 class Lives:
-    """`cpus` CPUs with two vCPUs each. The callback that takes a CPU offline has interrupts off: the hazard of the
+    """`cpus` CPUs with some vCPUs each. The callback that takes a CPU offline has interrupts off: the hazard of the
     other way (a clear IPI in the middle of the sweep) is none of these tests' business.
     """
 
-    def __init__(self, seed: int, *, cpus: int = 3, strategy: str = "clear-current-vmcs", **knobs: Any) -> None:
+    def __init__(self, seed: int, *, cpus: int = 3, vcpus: int = 2, **knobs: Any) -> None:
         self.rng = Random(seed)
-        self.stepped = Stepped(strategy, cpus=cpus, offline_irqs="off", **knobs)
+        self.stepped = Stepped("clear-current-vmcs", cpus=cpus, offline_irqs="off", **knobs)
         self.machine = self.stepped.machine
-        self.tasks = range(2 * cpus)
+        self.tasks = range(vcpus * cpus)
         for task in self.tasks:
             self.stepped.send_task(task, task % cpus)
 
@@ -136,12 +136,12 @@ class Lives:
         return [task for task, place in places.items() if place != NONE and place & ON_RQ]
 
     def all_go_on(self) -> bool:
-        """Whether every task that does not end makes exits."""
-        before = self.exits()
+        """Whether every task makes exits that does not end, on CPUs that live."""
+        before, gone = self.exits(), {None, *self.machine.dead}
 
         def they_do() -> bool:
             now, where = self.exits(), self.where()
-            return all(now[task] > before[task] for task in self.tasks if where[task] is not None)
+            return all(now[task] > before[task] for task in self.tasks if where[task] not in gone)
 
         self.go(12_000, they_do)
         return they_do()

@@ -7,7 +7,7 @@ from hazards import install, load_run_put
 from lives import live, offline, online
 
 from cpu.layout import KERNEL, per_cpu
-from cpu.smp import smp_call_function_single
+from cpu.smp import csd_of, smp_call_function_single
 from kvm.lost import lost_cpu, lost_with
 from kvm.vcpu import vcpu_of
 
@@ -164,7 +164,7 @@ def test_nothing_more_is_queued_to_a_cpu_that_has_died() -> None:
     with live(7) as lives:
         lives.go(300)
         caller = lives.start(lambda cpu: smp_call_function_single(cpu, 1, "__loaded_vmcs_clear", 0), 0)
-        lives.go(until=lambda: lives.stepped.count("csd_lock") == 1)
+        lives.go(until=lambda: bool(lives.word(csd_of(0, 0, 1).flags)))
         lives.stepped.kill(1)
         assert lives.word(per_cpu(1).call_single_queue) == 0
         lives.go(until=lambda: caller.result is not None)
@@ -218,12 +218,7 @@ def test_who_dies_before_its_ipi_leaves_nobody_waiting() -> None:
 
 def test_a_vcpu_whose_vmcs_was_on_the_dead_cpu_is_refused_for_good() -> None:
     """A sleeping one too: its word says with whom it was lost, also after the CPU lives again; others still load."""
-    with live(1, cpus=2) as lives:
-        for task in lives.tasks:
-            thread = lives.machine.loops[task % 2].find_task(task)
-            assert thread is not None
-            thread.stopping = True
-        lives.go()
+    with live(1, cpus=2, vcpus=0) as lives:
         stepped = lives.stepped
         sleeping, other = stepped.new_vcpu(8, 1), stepped.new_vcpu(9, 0)
         assert stepped.run(load_run_put(sleeping), 1) and stepped.run(load_run_put(other), 0)
@@ -240,21 +235,19 @@ def test_a_vcpu_whose_vmcs_was_on_the_dead_cpu_is_refused_for_good() -> None:
 
 def test_a_loader_that_slept_through_death_and_replug_loads_nothing_stale() -> None:
     """It had read the owner before; the new process said what was lost before it took the loader's call."""
-    with live(4) as lives:
-        lives.go(500)
+    with live(4, vcpus=0) as lives:
         sleeping, stepped = lives.stepped.new_vcpu(8, 1), lives.stepped
-        lives.start(load_run_put(sleeping), 1)
-        lives.go(until=lambda: lives.word(vmcs_cpu(8)) == 1)
-        lives.go(400)
+        assert stepped.run(load_run_put(sleeping), 1)
         loader = lives.start(lambda cpu: sleeping.run(cpu), 0)
-        lives.go(until=lambda: (vmcs_cpu(8), 1) in lives.machine.cpus[0].recent_loads and loader.result is None)
+        read = lives.machine.cpus[0].recent_loads
+        lives.go(until=lambda: read.count((vmcs_cpu(8), 1)) == 2)
         stepped.kill(1)
         stepped.replug(1)
         while lives.word(per_cpu(1).dead):
             lives.machine.step(1)
         assert lives.word(vmcs_cpu(8)) == lost_with(1)
         lives.go(until=lambda: loader.result is not None)
-        assert loader.result is False and stepped.count("csd_run", func="__loaded_vmcs_clear", node="cpu1") <= 1
+        assert loader.result is False and stepped.count("csd_run", node="cpu1") == 1
         assert lives.violations() == {}
 
 

@@ -14,6 +14,7 @@ from kvm.compose import Knobs
 from kvm.machine import Machine
 
 INSTALL = 1 << 63 | 1
+SEAMLDR_LOCK = "seamldr_lock"
 
 
 async def restarted_at(machine: Machine, point: str, nth: int) -> Judgement:
@@ -57,11 +58,13 @@ async def test_a_call_in_flight_goes_on(tmp_path: Path) -> None:
     assert judgement.verdict == "safe"
     inside = the_restart(machine)["inside"]
     assert inside >= 0
-    (restored,) = records(machine.run_dir, "lock_restore")
+    (restored,) = records(machine.run_dir, "lock_restore", lock=SEAMLDR_LOCK)
     (resumed,) = records(machine.run_dir, "seam_resume")
     assert restored["to"] == resumed["by"] == inside and restored["epoch"] == 1
-    claims = records(machine.run_dir, "lock_claim", epoch=0)
-    assert len(claims) == 2 and inside not in {claim["by"] for claim in claims}
+    waited = records(machine.run_dir, "lock_claim", lock=SEAMLDR_LOCK, epoch=0)
+    order = [claim["by"] for claim in sorted(waited, key=lambda claim: (claim["asked"], claim["by"]))]
+    grants = records(machine.run_dir, "lock_grant", lock=SEAMLDR_LOCK, epoch=2)
+    assert inside not in order and [grant["to"] for grant in grants[: len(order)]] == order
     returns = records(machine.run_dir, "seam_return", leaf=INSTALL)
     assert sorted(record["by"] for record in returns) == [0, 1, 2, 3]
     assert {record["status"] for record in returns} == {0}
@@ -79,7 +82,7 @@ async def test_a_cpu_that_dies_with_the_service(tmp_path: Path) -> None:
             await machine.restart("seamldr")
     judgement = machine.check()
     assert judgement.violations == ()
-    assert records(machine.run_dir, "lock_restore") == []
+    assert records(machine.run_dir, "lock_restore", lock=SEAMLDR_LOCK) == []
     assert holder not in the_restart(machine)["asked"]
     assert {grant["to"] for grant in records(machine.run_dir, "lock_grant", epoch=2)} >= {0, 1, 2, 3} - {holder}
 
@@ -118,7 +121,7 @@ async def test_the_service_dies_again_and_again(tmp_path: Path) -> None:
 
 async def test_a_holder_that_sleeps_over_its_lease_is_fenced(tmp_path: Path) -> None:
     """With a lease the others go on; when the holder calls P-SEAMLDR at last, it is not let in, and is halted."""
-    knobs = Knobs(lock_policy="lease", lease_ms=20)
+    knobs = Knobs(lock_policy="lease", lease_ms=100)
     machine = Machine(small(tmp_path, cpus=3, vcpus=3, updates=0, seconds=1.0, knobs=knobs))
     async with machine, trio.open_nursery() as nursery:
         nursery.start_soon(machine.run_workload)
@@ -128,11 +131,10 @@ async def test_a_holder_that_sleeps_over_its_lease_is_fenced(tmp_path: Path) -> 
         await machine.process(holder).gone.wait()
     judgement = machine.check()
     assert judgement.violations == ()
-    (lost,) = records(machine.run_dir, "lock_expire")
-    (fenced,) = records(machine.run_dir, "seam_fenced")
-    assert lost["by"] == fenced["by"] == holder
+    (lost,) = records(machine.run_dir, "lock_expire", by=holder)
+    (fenced,) = records(machine.run_dir, "seam_fenced", by=holder)
     assert (lost["epoch"], lost["number"]) == (fenced["epoch"], fenced["number"])
-    assert lost["held_ns"] >= 20_000_000
+    assert lost["held_ns"] >= 100_000_000
     assert (fenced["holder_epoch"], fenced["holder_number"]) != (fenced["epoch"], fenced["number"])
     calls = records(machine.run_dir, "seam_enter", by=holder)
     assert not [call for call in calls if call["clock"] > lost["clock"]]

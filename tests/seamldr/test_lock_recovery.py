@@ -119,6 +119,7 @@ class Machine(RuleBasedStateMachine):
         self.tokens: list[Token] = []
         self.lost: set[Token] = set()
         self.hung = False
+        self.refused: list[str] = []
         self.cpus = {n: Cpu(1, 1) for n in range(CPUS)}
         self.service: LockService | None = None
         self.incarnation = 0
@@ -151,6 +152,7 @@ class Machine(RuleBasedStateMachine):
         node = SimpleNamespace(
             identity=Identity("seamldr", self.incarnation),
             emit=self.emit,
+            refuse=lambda reason, head: self.refused.append(reason),
             endpoint=SimpleNamespace(send=self.grant),
             spec=SimpleNamespace(knobs={"lock_policy": self.policy, "lease_ms": LEASE_MS}),
         )
@@ -506,6 +508,7 @@ def test_claims_of_the_unborn_are_refused() -> None:
     source = Identity("cpu1", 1)
     machine.serve(source, LockClaim(SEAMLDR_LOCK, 0, 5, 1, 2, 7))
     machine.serve(Identity("cpu0", 1), LockClaim(SEAMLDR_LOCK, 0, 6, 1))
+    assert machine.refused == ["claim", "claim"]
     assert holder(machine) == 0
     machine.release(0)
     assert holder(machine) is None
