@@ -14,12 +14,14 @@ import msgspec
 import trio
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from bus.report import console_for, print_comparison, print_run, print_stories
 from bus.report_why import print_why, why_as_dict
 from bus.snapshot import RunError, look
+from kvm.again import PLAN
 from kvm.analyze_command import ANALYZE_ERRORS, add_analyze_arguments, add_report_arguments, write_reports
-from kvm.chaos import Strike, run_chaos
+from kvm.chaos import Strike, plan_of, run_chaos
 from kvm.chaos_command import add_chaos_arguments, read_plan
 from kvm.chaos_report import print_strikes
 from kvm.compose import KnobError, parse_knobs
@@ -27,7 +29,7 @@ from kvm.images import ModuleFileError, read_module
 from kvm.machine import Machine, MachineError, OnProgress, Watch
 from kvm.matrix import matrix_as_dict, matrix_knobs, measure, rows
 from kvm.matrix_report import print_matrix
-from kvm.plan import Fault, PlanError
+from kvm.plan import Fault, PlanError, write_plan
 from kvm.scenes import SCENES
 from kvm.summary import BAD_INPUT, SAFE, UNFINISHED, Summary, exit_status, summarize_run
 from kvm.sysfs import SysfsError, sysfs_directory
@@ -162,6 +164,7 @@ async def _live(
     if faults and strikes is not None:
         machine = Machine(topology, on_progress, watch)
         strikes.extend(await run_chaos(machine, faults))
+        (machine.run_dir / PLAN).write_text(write_plan(plan_of(topology, faults)))
         return machine.run_dir
     async with Machine(topology, on_progress, watch) as machine:
         await machine.run_workload()
@@ -292,13 +295,13 @@ def _print_comparison(console: Console, summaries: dict[str, Summary]) -> None:
     size = f"{first['cpus']} CPUs, {first['vcpus']} vCPUs, {first['tds']} TDs, seed {first['seed']}"
     print_comparison(console, f"{size}, seamret_launch={launch}", summaries)
     for sentence in first["assumptions"]:
-        console.print(f"Assumed: {sentence}", style="dim")
+        console.print(Text(f"Assumed: {sentence}", style="dim"))
     for name, summary in summaries.items():
         if summary["violations"]:
-            console.rule(f"[bold]why {name} is unsafe", align="left")
+            console.rule(Text(f"why {name} is unsafe", style="bold"), align="left")
             print_stories(console, summary)
         for sentence in summary["why"]:
-            console.print(f"{name}: {sentence}", style="yellow")
+            console.print(Text(f"{name}: {sentence}", style="yellow"))
 
 
 # why

@@ -44,7 +44,7 @@ ADDRESS_LIMIT = 107
 HEAD = 64
 """Bytes of a refused frame that are reported."""
 
-INBOX_LIMIT = 4 * WINDOW
+INBOX_LIMIT = 2 * WINDOW
 """Frames of one connection that wait in the inbox; then the sender has to."""
 
 LARGEST_READ = 8 << 20

@@ -24,7 +24,8 @@ from bus.picture import Picture
 from bus.records import Record
 from bus.report import summary_rows
 from bus.spec import LAUNCHER
-from bus.story import line
+from bus.story import text
+from bus.summary_words import times_text
 
 Summary = dict[str, Any]
 
@@ -66,10 +67,9 @@ class Page:
         points = self._points.get(node)
         if points is None:
             points = self._points[node] = Points()
-        text = line(record).partition(" ")[2][len(node) + 1 :]
         points.ts.append(record["ts"])
         points.clock.append(record["clock"])
-        points.text.append(self._strings.number(text[:TEXT_CHARACTERS]))
+        points.text.append(self._strings.number(text(record)[:TEXT_CHARACTERS]))
 
     def render(self, summary: Summary, picture: Picture) -> str:
         """The page as text."""
@@ -82,7 +82,7 @@ class Page:
             "stories": _stories(summary, picture.begin),
             "invariants": _invariants(summary),
             "css": (HERE / "timeline.css").read_text(),
-            "js": (HERE / "timeline.js").read_text(),
+            "js": "".join((HERE / name).read_text() for name in ("timeline_draw.js", "timeline.js")),
             "data": pack(self.data(summary, picture)),
         }
         return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], (HERE / "timeline.html").read_text())
@@ -192,13 +192,12 @@ def _stories(summary: Summary, begin: int) -> str:
 def _story(number: int, violation: Summary, begin: int) -> str:
     """A violation with its events, and the button that shows them on the timeline."""
     invariant, follows = violation["invariant"], violation["follows_from"]
-    times = f"{violation['count']} time" + ("s" if violation["count"] > 1 else "")
-    head = f"{invariant} {violation['slug']}, {times}" + (f", follows from {', '.join(follows)}" if follows else "")
-    text = "\n".join(violation["first"]["text"])
+    head = f"{invariant} {violation['slug']}, {times_text(violation)}" + (f", follows from {', '.join(follows)}" if follows else "")
+    lines = "\n".join(violation["first"]["text"])
     show = f'<button type="button" data-story="{number}">Show on the timeline</button>'
     return (
         f'<details class="story"{"" if follows else " open"}><summary>{escape(head)}</summary>'
-        f"<pre>{escape(text)}</pre>{show}</details>"
+        f"<pre>{escape(lines)}</pre>{show}</details>"
     )
 
 

@@ -126,6 +126,7 @@ class HolderCalls(Invariant):
             self.violated(
                 f"{cpu_node(record['by'])} called P-SEAMLDR without holding seamldr_lock",
                 ("holder", next(iter(shadow.lock(SEAMLDR_LOCK).granted.values()), None)),
+                ("strategy", shadow.cpu(cpu_node(record["by"])).begun),
                 ("caller", record),
             )
 

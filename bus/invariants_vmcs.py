@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from bus.events import NONE
 from bus.invariant import Invariant
+from bus.phrases import hexadecimal
 from bus.records import Record
 from bus.shadow import CpuShadow, Shadow
-from bus.story import hexadecimal
 
 OPERAND_BUSY = 0x80000200
 """Upper half of a TDX status after which KVM simply enters again."""
@@ -33,6 +33,7 @@ class ActiveOnOneCpu(Invariant):
             other = min(others)
             self.violated(
                 f"VMCS {hexadecimal(record['vmcs'])} became active on {record['node']} while active on {other}",
+                ("cleared there", known.taken),
                 ("active", known.activated.get(other)),
                 ("load", known.load),
                 ("failed", record),
@@ -55,7 +56,7 @@ class PointerMatches(Invariant):
     def on_strategy_end(self, record: Record, shadow: Shadow) -> None:
         cpu = shadow.cpu(record["node"])
         if not cpu.loading and cpu.strategies.total() <= 1:
-            self._judge(cpu, record["cur"], record)
+            self._judge(cpu, record["cur"], record, "not repaired")
 
     def on_vcpu_load(self, record: Record, shadow: Shadow) -> None:
         cpu = shadow.cpu(record["node"])
@@ -67,16 +68,15 @@ class PointerMatches(Invariant):
         if cpu.quiet:
             self._judge(cpu, cpu.cur, record)
 
-    def _judge(self, cpu: CpuShadow, cur: int, record: Record) -> None:
+    def _judge(self, cpu: CpuShadow, cur: int, record: Record, label: str = "stale at") -> None:
         if cpu.cv is None or cpu.cv in (NONE, cur):
             self._wrong.discard(cpu.node)
         elif cpu.node not in self._wrong:
             self._wrong.add(cpu.node)
             self.violated(
                 f"current_vmcs of {cpu.node} names {hexadecimal(cpu.cv)}, but the current VMCS is {hexadecimal(cur)}",
-                ("believed", cpu.load),
-                ("took it", cpu.taken),
-                ("stale at", record),
+                *cpu.belief(),
+                (label, record),
             )
 
 
@@ -95,8 +95,7 @@ class CurrentVmcsNeeded(Invariant):
             what = record["insn"].upper() if record["event"] == "vmentry" else record["event"].upper()
             self.violated(
                 f"{what} on {cpu.node} with no current VMCS",
-                ("believed", cpu.load),
-                ("took it", cpu.taken),
+                *cpu.belief(),
                 ("failed", record),
             )
 
@@ -124,10 +123,13 @@ class LaunchStateMatches(Invariant):
         unnoticed = result == "ok" and launch and known.launched is True and len(known.active) <= 1
         if result != "ok" or unnoticed:
             what = "VMLAUNCH of launched VMCS" if launch else "VMRESUME of clear VMCS"
+            taken = known.taken
+            by_seamret = taken is not None and taken["event"] == "seamcall_return"
             self.violated(
                 f"{what} {hexadecimal(vmcs)} on {record['node']}",
-                ("believed", known.load),
-                ("took it", known.taken),
+                ("launched", known.entered),
+                ("cleared" if by_seamret and not launch else "took it", taken),
+                ("believed", known.stored if launch else known.load),
                 ("failed", record),
             )
 
@@ -170,8 +172,7 @@ class NoVmxErrors(Invariant):
             cpu = shadow.cpu(record["node"])
             self.violated(
                 f"{record['event'].upper()} on {cpu.node}: {record['result']}",
-                ("believed", cpu.load),
-                ("took it", cpu.taken),
+                *cpu.belief(),
                 ("failed", record),
             )
 

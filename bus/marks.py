@@ -11,9 +11,9 @@ from collections import Counter
 import msgspec
 
 from bus.activities import Activities
+from bus.phrases import phrase
 from bus.records import Record
 from bus.shadow import STAGES, cpu_node
-from bus.story import line
 
 
 class MarkKind(enum.IntEnum):
@@ -111,7 +111,7 @@ class Marks:
         event = record["event"]
         if event in _KINDS or _failed(record):
             kind = _KINDS.get(event, MarkKind.FAILURE)
-            self.marks.append(Mark(_struck(record), record["ts"], kind, line(record).partition(" ")[2]))
+            self.marks.append(Mark(_struck(record), record["ts"], kind, phrase(record)))
         match event:
             case "ipi_send":
                 self._sent["ipi", record["id"]] = record

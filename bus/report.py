@@ -97,7 +97,7 @@ def print_stories(console: Console, summary: Summary) -> None:
         times = times_text(violation["count"])
         console.print(Text(f"\n{violation['invariant']} {violation['slug']}, {times}", style="bold"))
         for line in violation["first"]["text"]:
-            console.print(Text(f"  {line}"), soft_wrap=True)
+            console.print(Text(line), soft_wrap=True)
     follow = [v for v in summary["violations"] if v["follows_from"]]
     if follow:
         words = ", ".join(f"{v['invariant']} {v['slug']} ({v['count']})" for v in follow)
@@ -129,7 +129,7 @@ class Column(NamedTuple):
 
 
 COMPARISON = (
-    Column("strategy", lambda name, _: name, left=True),
+    Column("strategy", lambda name, _: Text(name), left=True),
     Column("verdict", lambda _, s: Text(s["verdict"], style=COLORS.get(s["verdict"], "")), 6, left=True),
     Column("broken", lambda _, s: ", ".join(own_violations(s)), 8, left=True),
     Column("errors\nr / w / entry", lambda _, s: errors_text(s), 13),

@@ -70,10 +70,24 @@ class CpuShadow(msgspec.Struct):
     loading: bool = False
     strategies: Counter[str] = msgspec.field(default_factory=Counter)
     active: set[int] = msgspec.field(default_factory=set)
+    made: Record | None = None
+    """The last VMPTRLD."""
     taken: Record | None = None
     """The last event that left this CPU without a current VMCS."""
+    stale: Record | None = None
+    """The end of a strategy since when `current_vmcs` has named a VMCS that is not current."""
     load: Record | None = None
     """The last `vcpu_load`."""
+    begun: Record | None = None
+    """The last `strategy_begin`."""
+
+    def belief(self) -> list[tuple[str, Record | None]]:
+        """How KVM came to believe that a VMCS is current which is not: labelled records for a story."""
+        taken = self.taken
+        if taken is None or (self.made is not None and taken["clock"] < self.made["clock"]):
+            return [("made current", self.made), ("believed", self.load)]
+        believed = self.load if self.load is not None and self.load["clock"] > taken["clock"] else None
+        return [("made current", self.made), ("took it", taken), ("not repaired", self.stale), ("believed", believed)]
 
     @property
     def quiet(self) -> bool:
@@ -90,6 +104,10 @@ class VmcsShadow(msgspec.Struct):
     """The VMPTRLD that made it active, by CPU."""
     taken: Record | None = None
     """The last event that took it away as current VMCS, or its launch state."""
+    entered: Record | None = None
+    """The last VMLAUNCH of it."""
+    stored: Record | None = None
+    """The last store of KVM's copy of the launch state."""
     load: Record | None = None
     """The last `vcpu_load` of it."""
 
@@ -273,6 +291,7 @@ class Shadow:
         cpu, vmcs = self.cpu(record["node"]), record["vmcs"]
         shadow = self.v(vmcs)
         cpu.cur = vmcs
+        cpu.made, cpu.stale = record, None
         cpu.active.add(vmcs)
         if cpu.node not in shadow.active:
             shadow.active.add(cpu.node)
@@ -294,7 +313,13 @@ class Shadow:
 
     def _on_vmentry(self, record: Record) -> None:
         if record["result"] == "ok":
-            self.v(record["vmcs"]).launched = True
+            shadow = self.v(record["vmcs"])
+            shadow.launched = True
+            if record["insn"] == "vmlaunch":
+                shadow.entered = record
+
+    def _on_launched_store(self, record: Record) -> None:
+        self.v(record["vmcs"]).stored = record
 
     def _on_seamcall_return(self, record: Record) -> None:
         cpu = self.cpu(record["node"])
@@ -319,6 +344,7 @@ class Shadow:
     def _on_cv_write(self, record: Record) -> None:
         cpu, new = self.cpu(record["node"]), record["new"]
         cpu.cv = NONE if new == 0 else new
+        cpu.stale = None
         if not cpu.strategies:
             cpu.loading = cpu.cv != NONE
 
@@ -336,14 +362,18 @@ class Shadow:
             shadow.launched = None
 
     def _on_strategy_begin(self, record: Record) -> None:
-        self.cpu(record["node"]).strategies[record.get("ctx", "")] += 1
+        cpu = self.cpu(record["node"])
+        cpu.strategies[record.get("ctx", "")] += 1
+        cpu.begun = record
 
     def _on_strategy_end(self, record: Record) -> None:
-        strategies, context = self.cpu(record["node"]).strategies, record.get("ctx", "")
-        if strategies[context] > 1:
-            strategies[context] -= 1
+        cpu, context = self.cpu(record["node"]), record.get("ctx", "")
+        if cpu.strategies[context] > 1:
+            cpu.strategies[context] -= 1
         else:
-            del strategies[context]
+            del cpu.strategies[context]
+        if cpu.stale is None and cpu.quiet and cpu.cv not in (None, NONE, cpu.cur):
+            cpu.stale = record
 
     _on_strategy_error = _on_strategy_end
 

@@ -13,13 +13,13 @@ from typing import Any
 import msgspec
 
 from bus.records import Record
-from bus.story import line
+from bus.story import text
 from bus.vector import VectorClocks
 
 EVENTS = 2000
 """At most so many events are written."""
 AFTER = 200
-"""So many of them after a violation."""
+"""So many of them are the effect of a violation and what follows."""
 
 REGEX = r"(?<host>\S+) (?<clock>\{\S+\}) (?<ms>\S+) (?<event>.*)"
 
@@ -65,4 +65,4 @@ class Log:
         for record in self._kept:
             clock = msgspec.json.encode(clocks.see(record)).decode()
             ms = (record["ts"] - (self._begin or 0)) / 1_000_000
-            yield f"{record['node']} {clock} {ms:.3f} {line(record).partition(' ')[2]}"
+            yield f"{record['node']} {clock} {ms:.3f} {text(record)}"

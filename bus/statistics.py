@@ -147,6 +147,7 @@ class Statistics(Observer):
         self._times: dict[str, int] = {}
         self._links: Counter[str] = Counter()
         self._backlogs: dict[str, int] = {}
+        self._refused_by: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
     # Processes and time
 
@@ -182,6 +183,9 @@ class Statistics(Observer):
 
     def on_link_totals(self, record: Record, shadow: Shadow) -> None:
         self._links.update({name: record[name] for name in ("sent", "dropped", "duplicated", "delayed", "resent")})
+
+    def on_refused_totals(self, record: Record, shadow: Shadow) -> None:
+        self._refused_by[record["node"]].update(record["counts"])
 
     def on_link_backlog(self, record: Record, shadow: Shadow) -> None:
         self._backlogs[f"from {record['node']} to {record['to']}"] = record["waiting"]
@@ -246,9 +250,12 @@ class Statistics(Observer):
         return sum(counts.get(name, 0) for counts in self._counters.values())
 
     def notes(self) -> list[str]:
-        """Sentences about the bus: what link faults did to it, and messages that had to wait."""
+        """Sentences about the bus: what link faults did to it, what had to wait, and what was refused."""
         links = self._links
         sentences = [f"{waiting} messages {way} waited at once" for way, waiting in sorted(self._backlogs.items())]
+        for node, reasons in sorted(self._refused_by.items()):
+            what = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+            sentences.append(f"{node} refused {reasons.total()} frames or messages: {what}")
         if links:
             sentences.append(
                 f"link faults dropped {links['dropped']}, doubled {links['duplicated']} and delayed {links['delayed']} "

@@ -1,8 +1,7 @@
-"""Stories: the few records that explain a violation, as text for a terminal.
+"""Stories: the few records that explain a violation, from its cause to its effect.
 
-A VMCS violation is told by three events of one CPU: the load that believed the cached pointer, the event that took
-the current VMCS or its launch state, and the operation that failed; others by the two or three records that show
-them.
+A VMCS violation is told by what made the VMCS current, what took it or its launch state, what then believed in it, and
+the operation that failed; others by the two or three records that show them.
 """
 
 from __future__ import annotations
@@ -12,11 +11,9 @@ from typing import Any
 
 import msgspec
 
-from bus.events import NONE
+from bus.ladder import ladder
+from bus.phrases import hexadecimal
 from bus.records import COMMON_FIELDS, CPU_FIELDS, Record
-
-LINES = 10
-COLUMNS = 100
 
 _HEX = frozenset(
     ("vmcs", "cur", "lost", "old", "new", "want", "value", "field", "leaf", "status", "csd", "pa", "expected", "got")
@@ -39,7 +36,7 @@ _KEYS = {
 class Story(msgspec.Struct, frozen=True):
     """Why something is a violation: a sentence, and the records that show it, in causal order.
 
-    `labels` say what part each record plays; `text` is the whole, at most 10 lines of 100 columns.
+    `labels` say what part each record plays.
     """
 
     sentence: str
@@ -48,14 +45,12 @@ class Story(msgspec.Struct, frozen=True):
 
     @property
     def text(self) -> str:
-        """The story for a terminal."""
-        rows = [self.sentence]
-        rows += [f"  {label:>9}: {line(record)}" for label, record in zip(self.labels, self.records, strict=True)]
-        return "\n".join(_cut(row) for row in rows[:LINES])
+        """The story as a ladder diagram, see `bus.ladder`."""
+        return "\n".join(ladder(self))
 
     def as_dict(self) -> dict[str, Any]:
         """For the summary: `why`, `events` and `text`, where text is a list of lines."""
-        return {"why": self.sentence, "events": list(self.records), "text": self.text.splitlines()}
+        return {"why": self.sentence, "events": list(self.records), "text": ladder(self)}
 
 
 def tell(sentence: str, *parts: tuple[str, Record | None]) -> Story:
@@ -81,16 +76,10 @@ def line(record: Record) -> str:
     return " ".join((str(record["clock"]), where, record["event"], *_fields(record, keys)))
 
 
-def hexadecimal(value: object) -> str:
-    """A number as the machine's documents write it; the NONE pointer as "none"."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        return str(value)
-    return "none" if value == NONE else hex(value)
+def text(record: Record) -> str:
+    """As `line`, without clock and node."""
+    return line(record).partition(" ")[2][len(record["node"]) + 1 :]
 
 
 def _fields(record: Record, keys: Iterable[str]) -> list[str]:
     return [f"{key}={hexadecimal(record[key]) if key in _HEX else record[key]}" for key in keys if key in record]
-
-
-def _cut(row: str) -> str:
-    return row if len(row) <= COLUMNS else row[: COLUMNS - 3] + "..."

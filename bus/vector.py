@@ -66,8 +66,11 @@ class VectorClocks:
 
 def _key(message: tuple[str, _Fields], record: Record) -> tuple[object, ...]:
     kind, fields = message
-    named = (record.get(field, "") for field in fields)
-    return kind, *(cpu_node(value) if field in ("node", "by") else value for field, value in zip(fields, named, strict=True))
+    return kind, *(_node(record.get(field)) if field in ("node", "by") else record.get(field) for field in fields)
+
+
+def _node(value: int | str | None) -> str:
+    return cpu_node(value) if value is not None else ""
 
 
 def before(one: Mapping[str, int], other: Mapping[str, int]) -> bool:

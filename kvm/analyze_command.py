@@ -21,6 +21,7 @@ from bus.report import console_for, print_invariants, print_run
 from bus.report_differences import differences_as_dict, print_differences
 from bus.snapshot import RunError
 from bus.sql import QueryError, open_database
+from kvm.pictures_command import draw_html, draw_perfetto, draw_shiviz
 from kvm.sql_command import add_sql_arguments, ask, list_queries
 from kvm.summary import SAFE, Summary, exit_status, summarize, write_summary
 
@@ -51,7 +52,22 @@ def _markdown(analyzed: Analyzed, path: Path) -> None:
     path.write_text(run_markdown(analyzed.summary), encoding="utf-8")
 
 
+def _html(analyzed: Analyzed, path: Path) -> None:
+    draw_html(analyzed.run_dir, analyzed.summary, path)
+
+
+def _perfetto(analyzed: Analyzed, path: Path) -> None:
+    draw_perfetto(analyzed.run_dir, path)
+
+
+def _shiviz(analyzed: Analyzed, path: Path) -> None:
+    draw_shiviz(analyzed.run_dir, analyzed.summary, path)
+
+
 OUTPUTS: dict[str, Output] = {
+    "html": Output("write one page, to be opened in a browser: verdicts, stories and a timeline", _html),
+    "perfetto": Output("write a trace for the Perfetto UI", _perfetto),
+    "shiviz": Output("write a log for ShiViz, with vector clocks", _shiviz),
     "junit": Output("write JUnit XML: a test case an invariant", _junit),
     "markdown": Output("write a summary in Markdown, for a pull request", _markdown),
 }

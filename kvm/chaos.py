@@ -47,6 +47,21 @@ def chaos_topology(plan: Plan, run_dir: Path) -> Topology:
     return topology
 
 
+def plan_of(topology: Topology, faults: tuple[Fault, ...]) -> Plan:
+    """The plan of a machine that these faults strike."""
+    return Plan(
+        seed=topology.seed,
+        cpus=topology.cpus,
+        vcpus=topology.vcpus,
+        tds=topology.tds,
+        updates=topology.updates,
+        seconds=topology.seconds,
+        strategy=topology.strategy,
+        knobs=msgspec.structs.asdict(topology.knobs),
+        fault=faults,
+    )
+
+
 async def run_chaos(machine: Machine, faults: tuple[Fault, ...]) -> list[Strike]:
     """Run a machine to its end under these faults; what became of each. Raises `MachineError` if it does not start."""
     strikes = [Strike(fault) for fault in faults]

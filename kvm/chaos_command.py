@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from bus.points import POINTS
 from bus.report import console_for, print_stories
@@ -152,8 +153,8 @@ def _tell_failure(console: Console, failed: Round) -> None:
         return
     if failed.broken:
         print_stories(console, summarize_run(Path(failed.run_dir)))
-    console.print(f"Run it again: seamlab chaos {failed.run_dir}/plan.toml", highlight=False)
-    console.print(f"Look closer:  seamlab why {failed.run_dir}", highlight=False)
+    console.print(Text(f"Run it again: seamlab chaos {failed.run_dir}/plan.toml"), soft_wrap=True)
+    console.print(Text(f"Look closer:  seamlab why {failed.run_dir}"), soft_wrap=True)
 
 
 def _progress() -> Progress:

@@ -85,9 +85,9 @@ class Fleet:
     def _members(self) -> tuple[MemberState, ...]:
         """What a process that starts now has to know of the others."""
         return tuple(
-            MemberState(process.node, process.incarnation, not process.gone.is_set())
+            MemberState(process.node, process.incarnation, not process.dead)
             for process in self.processes.values()
-            if process.incarnation > 1 or process.gone.is_set()
+            if process.incarnation > 1 or process.dead
         )
 
     def _succeed(self, dead: Process) -> Process:
@@ -132,7 +132,7 @@ class Fleet:
         """A process is dead if and only if its pidfd fires."""
         await trio.lowlevel.wait_readable(process.pidfd)
         process.forget()
-        wanted = process.wanted
+        process.dead, wanted = True, process.wanted
         if not wanted and self._parent.alive:
             self._publish_death(process)
         await process.exited.wait()

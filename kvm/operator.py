@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from errno import ENXIO
 from pathlib import Path
 
 import trio
@@ -261,15 +262,18 @@ class Operator(FaultyLinks):
     async def do(self, what: str, cpu: int = 0, path: str = "") -> Done:
         """Have user space do something and wait until it has ended; raises `MachineError` if the machine broke.
 
-        Raises `ValueError` if the machine has no such CPU.
+        -ENXIO if the KVM process dies over it; what it had begun may go on. Raises `ValueError` if the machine has no
+        such CPU.
         """
         self.process(cpu)
         self._number += 1
-        request = self._number
+        request, user_space = self._number, self.process(KVM)
         self.node.endpoint.send(KVM, Do(request, what, cpu, path))
         while request not in self._done:
             if self._broken:
                 raise MachineError(self._broken)
+            if user_space.gone.is_set():
+                return Done(request, -ENXIO, "the KVM process has died")
             await self._moved.wait()
         return self._done.pop(request)
 

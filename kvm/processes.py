@@ -45,6 +45,8 @@ class Process:
         self.status = 0
         self.wanted = False
         """It was asked to go: its end is no event of the machine."""
+        self.dead = False
+        """Its pidfd has fired; others may have been told. It is `gone` when its status is known, too."""
         self.doomed = False
         """It is killed on purpose; the machine goes on without it."""
 

@@ -54,6 +54,8 @@ def ask(arguments: argparse.Namespace, run_dir: Path) -> None:
 def _write_parquet(database: Database, query: str, part: Path, out: Path) -> None:
     """The file appears whole, or not at all."""
     try:
+        part.touch()
+        part.unlink()
         database.write_parquet(query, part)
         os.replace(part, out)
     except OSError as error:

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from bus.judge import Judgement, judge
+from kvm.again import command
 
 Summary = dict[str, Any]
 
@@ -16,8 +17,12 @@ SAFE, VIOLATED, BAD_INPUT, UNFINISHED = 0, 1, 2, 3
 
 
 def summarize(judgement: Judgement, run_dir: Path) -> Summary:
-    """The summary as JSON shows it."""
-    return judgement.as_dict() | {"run_dir": str(run_dir)}
+    """The summary as JSON shows it. The text of each story ends with the command that shows it again."""
+    again = command(judgement.machine, run_dir)
+    summary = judgement.as_dict() | {"again": again, "run_dir": str(run_dir)}
+    for violation in summary["violations"]:
+        violation["first"]["text"] += [f"again: {again}"] if again else []
+    return summary
 
 
 def summarize_run(run_dir: Path) -> Summary:

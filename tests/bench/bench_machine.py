@@ -1,18 +1,23 @@
-"""What it costs to start and end a machine, as ratios to bare forks of the same parent in the same run.
+"""What it costs to start and end a machine, as ratios to bare forks of the same parent in the same run; and what it
+costs to watch one.
 
     python tests/bench/bench_machine.py [ROUNDS [CPUS ...]]
 
 Absolute times depend on the computer and its other load, so each round measures the machine and, right before it, as
-many bare forks of an interpreter that is warmed up in the same way: each child only says that it is there.
+many bare forks of an interpreter that is warmed up in the same way: each child only says that it is there. A machine
+is watched for every other slice of time, on a terminal that `cat` reads: the work done is VM exits, the ratio that of
+slices next to each other; the launcher's time is that of one processor.
 """
 
 import os
+import pty
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
+from typing import NamedTuple
 
 import trio
 from rich.console import Console
@@ -21,12 +26,17 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from cpu.board import read_rows  # noqa: E402
 from kvm.machine import Machine  # noqa: E402
 from kvm.topology import Topology  # noqa: E402
+from kvm.watching import Watching  # noqa: E402
 
 SIZES = (4, 32, 128)
 ROUNDS = 3
 SAMPLE = 8
+WATCHED_SIZES = (8, 256)
+TURNS = 40
+SLICE_S = 0.5
 
 BARE = """
 import os, sys, time
@@ -72,8 +82,70 @@ def private_mib(pid: int) -> float:
     return sum(int(line.split()[1]) for line in rollup if line.startswith("Private_")) / 1024
 
 
-def main(rounds: int, sizes: list[int]) -> None:
-    """Measure and print the table."""
+class Slice(NamedTuple):
+    """VM exits of all CPUs in a slice of time, and processor time that the launcher took meanwhile, in seconds."""
+
+    exits: int
+    launcher: float
+
+
+async def watched_by_turns(cpus: int, turns: int) -> list[tuple[Slice, Slice]]:
+    """One machine in slices of equal length: without a view of it and with it, for each turn."""
+    with tempfile.TemporaryDirectory() as directory:
+        seconds = 2 * turns * SLICE_S + 2
+        topology = Topology(cpus=cpus, vcpus=2 * cpus, updates=0, seconds=seconds, run_dir=f"{directory}/run")
+        async with Machine(topology) as machine, trio.open_nursery() as nursery:
+            nursery.start_soon(machine.run_workload)
+            await trio.sleep(1)
+            with Watching(topology.strategy) as watching:
+                return [await turn(machine, watching, number % 2 == 0) for number in range(turns)]
+
+
+async def turn(machine: Machine, watching: Watching, watched_first: bool) -> tuple[Slice, Slice]:
+    """A slice without and one with the view, in this or the other order."""
+    slices = {}
+    for watched in (watched_first, not watched_first):
+        exits, time = exits_of(machine), process_time()
+        async with trio.open_nursery() as nursery:
+            if watched:
+                nursery.start_soon(watching.follow, machine)
+            await trio.sleep(SLICE_S)
+            nursery.cancel_scope.cancel()
+        slices[watched] = Slice(exits_of(machine) - exits, process_time() - time)
+    return slices[False], slices[True]
+
+
+def exits_of(machine: Machine) -> int:
+    """VM exits of all CPUs so far."""
+    return sum(row.exits for row in read_rows(machine.memory, machine.spec.cpus))
+
+
+def watching(turns: int) -> None:
+    """Measure and print what a view costs."""
+    table = Table("CPUs", "exits/s", "watched", "ratio", "quartiles", "launcher", "watched", title="Watching a machine")
+    ours, theirs = pty.openpty()
+    terminal = subprocess.Popen(["cat"], stdin=ours, stdout=subprocess.DEVNULL)
+    os.close(ours)
+    stderr, sys.stderr = sys.stderr, os.fdopen(theirs, "w")
+    os.environ |= {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40"}
+    try:
+        for cpus in WATCHED_SIZES:
+            pairs = trio.run(watched_by_turns, cpus, turns)
+            low, middle, high = statistics.quantiles(watched.exits / bare.exits for bare, watched in pairs)
+            halves = [Slice(*map(statistics.median, zip(*half, strict=True))) for half in zip(*pairs, strict=True)]
+            exits = [f"{half.exits / SLICE_S:,.0f}" for half in halves]
+            times = [f"{half.launcher / SLICE_S:.1%}" for half in halves]
+            table.add_row(str(cpus), *exits, f"{middle:.3f}", f"{low:.3f} to {high:.3f}", *times)
+    finally:
+        sys.stderr.close()
+        sys.stderr = stderr
+        terminal.terminate()
+        terminal.wait()
+    Console().print(table)
+
+
+def starting(rounds: int, sizes: list[int]) -> None:
+    """Measure and print what it costs to start machines."""
     table = Table("CPUs", "bare forks", "online", "x bare", "a CPU", "down", "own memory", title="Starting a machine")
     for cpus in sizes:
         forks, ups, downs, memory = [], [], [], []
@@ -95,6 +167,12 @@ def main(rounds: int, sizes: list[int]) -> None:
             f"{middle(memory):.1f} MiB",
         )
     Console().print(table)
+
+
+def main(rounds: int, sizes: list[int]) -> None:
+    """Both tables."""
+    starting(rounds, sizes)
+    watching(TURNS)
     print(f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}")
 
 

@@ -300,3 +300,8 @@ class Run:
         found = [violation for violation in self.judge().violations if violation.invariant == invariant]
         assert found, f"{invariant} holds"
         return found[0].first.text
+
+    def rungs(self, invariant: str) -> list[str]:
+        """The events of that story, without their time."""
+        lines = (line.lstrip() for line in self.story(invariant).splitlines())
+        return [line.lstrip("0123456789 ") for line in lines if line[:1].isdigit()]

@@ -24,7 +24,7 @@ def test_an_active_vmcs_at_vmxoff_breaks_i7() -> None:
     """I7 is broken by VMXOFF with an active VMCS; one that fails does not count."""
     assert tracked().write("vmxoff", active=1, result="fault:6").violated() == {"I18"}
     run = tracked().write("vmxoff", active=1, result="ok")
-    assert run.violated() == {"I7"} and "vmptrld" in run.story("I7")
+    assert run.violated() == {"I7"} and "VMPTRLD" in run.story("I7")
 
 
 def test_a_store_without_the_list_breaks_i8() -> None:

@@ -12,7 +12,7 @@ from bus.events import EVENTS, NONE
 from bus.invariant import EXPLAINED_BY_DEATH
 from bus.invariants import INVARIANTS
 from bus.judge import Judge, judge, judge_records
-from bus.story import COLUMNS, LINES, Story, line, tell
+from bus.story import line, tell
 
 V, W = 0x12000, 0x13000
 
@@ -294,15 +294,6 @@ def test_assumptions_name_the_processor(knobs: dict[str, str], words: str) -> No
 
 
 # Stories
-
-
-def test_a_story_fits_a_terminal() -> None:
-    """At most 10 lines of 100 columns, whatever the records hold."""
-    records = [
-        {"clock": n, "node": "cpu0", "seq": n, "event": "warn", "ctx": "irq", "text": "x" * 300} for n in range(20)
-    ]
-    rows = Story("y" * 200, tuple("abcdefghijklmnopqrst"), tuple(records)).text.splitlines()
-    assert len(rows) == LINES and max(map(len, rows)) == COLUMNS
 
 
 def test_a_story_is_told_in_causal_order() -> None:

@@ -80,6 +80,6 @@ def test_text_that_xml_cannot_write_is_replaced() -> None:
     told["violations"][0]["first"]["why"] = "a\x00b <tag> & \"quote\" \ud800"
     told["notes"] = ["\x1b[31mred"]
     root = fromstring(junit_xml({"x\x07.py:f": told}))
-    message = [str(failure.get("message")) for failure in root.iter("failure")][0]
+    message = next(str(failure.get("message")) for failure in root.iter("failure"))
     assert message.startswith("a\N{REPLACEMENT CHARACTER}b <tag> & \"quote\" \N{REPLACEMENT CHARACTER} (")
     assert "[31mred" in str(root.findtext("testsuite/system-out"))

@@ -196,7 +196,7 @@ SAMPLED: dict[str, tuple[Callable[[], Run], list[float]]] = {
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_samples(name: str, tmp_path: Path) -> None:
-    """What runs are compared by is measured from the events that it says, in the order of time; the TDX module's not."""
+    """What runs are compared by is measured as it says, in the order of time, without calls of the TDX module."""
     history, expected = SAMPLED[name]
     assert [value for (value,) in rows(history(), SAMPLES[name][1], tmp_path)] == expected
 
@@ -220,6 +220,6 @@ def test_a_vmclear_explains_a_failure_too(tmp_path: Path) -> None:
 
 def test_a_name_that_is_no_query_is_told_with_those_that_are() -> None:
     """One word that names no ready query is refused, and the message lists them; anything else is SQL."""
-    with pytest.raises(UnknownQuery, match="no query 'lock-waits'; there are events, .*kernel-log"):
+    with pytest.raises(UnknownQuery, match=r"no query 'lock-waits'; there are events, .*kernel-log"):
         query_text("lock-waits")
     assert query_text(" errors ") == QUERIES["errors"].sql

@@ -47,6 +47,8 @@ WRONG = {
     "a fraction": ("seamdb_size=1.5", "whole number"),
     "zero": ("seamdb_size=0", "knob seamdb_size is 1 to 1048576, not 0"),
     "too many": ("seamdb_size=1048577", "1 to 1048576"),
+    "no lease": ("lease_ms=0", "knob lease_ms is 1 to 3600000, not 0"),
+    "a policy": ("lock_policy=steal", "release, hang, lease"),
     "too wide": ("fms=0x100000000", "knob fms is a CPUID.1.EAX of 32 bits"),
     "negative": ("fms=-1", "32 bits"),
 }

@@ -1,4 +1,4 @@
-"""Hostile frames at every kind of endpoint of a machine that runs, and a process of another user: refused, nothing else.
+"""Hostile frames at every kind of endpoint of a machine that runs, and processes of another user: refused, that is all.
 
 SEAMLAB_FUZZ sets how many frames each of the four endpoints gets while the machine runs; 20,000 unless it is set.
 """
@@ -31,6 +31,7 @@ from kvm.topology import TopologyError
 
 FRAMES = int(os.environ.get("SEAMLAB_FUZZ", "20000"))
 AT_REST = 1000
+READS = 10
 ENDPOINTS = (LAUNCHER, SEAMLDR, KVM, "cpu0")
 ASKED = 200
 MORE_MEMORY_KB = 100_000
@@ -156,18 +157,20 @@ async def test_a_flood_of_hostile_frames_is_counted_and_changes_nothing(tmp_path
     under its reason.
     """
     machine = Machine(
-        small(tmp_path, cpus=2, vcpus=4, tds=1, seconds=0.5, updates=1, knobs=Knobs(watchdog_thresh=0))
+        small(tmp_path, cpus=2, vcpus=4, tds=1, seconds=3600.0, updates=0, knobs=Knobs(watchdog_thresh=0))
     )
-    async with machine:
+    async with machine, trio.open_nursery() as nursery:
+        nursery.start_soon(machine.run_workload)
         real = await _sniff(machine)
         pids, peaks = {name: process.pid for name, process in machine.processes.items()}, _peaks(machine)
         every = {node: Frames(machine.spec, node, real[node], 7) for node in ENDPOINTS}
         with trio.fail_after(PATIENCE_S):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_flood_all, every, FRAMES)
+            async with trio.open_nursery() as flood:
+                flood.start_soon(_flood_all, every, FRAMES)
                 assert await machine.update() == 0
-                assert await machine.read_version(0)
-            assert await machine.run_workload()
+                for _ in range(READS):
+                    assert await machine.read_version()
+            await machine.finish()
             memory, written = await _at_rest(machine)
             await _flood_all(every, AT_REST)
             assert _contents(machine) == memory
@@ -246,7 +249,7 @@ async def test_a_process_of_another_user_gets_nowhere(open_place: Path) -> None:
                 "see the sockets": lambda: os.listdir(spec.socket_dir),
                 "see the records": lambda: os.listdir(f"{spec.run_dir}/records"),
                 "see the run": lambda: os.listdir(spec.run_dir),
-                "read a record": lambda: open(f"{spec.run_dir}/records/cpu0.jsonl", "rb"),
+                "read a record": lambda: os.open(f"{spec.run_dir}/records/cpu0.jsonl", os.O_RDONLY),
                 "see the files": lambda: os.listdir(spec.sysfs),
                 "open the launcher's memory": lambda: os.open(f"/proc/{launcher}/fd/{memory}", os.O_RDWR),
                 "open a CPU's memory": lambda: os.open(f"/proc/{cpu0}/fd/{memory}", os.O_RDONLY),
@@ -263,6 +266,10 @@ async def test_a_process_of_another_user_gets_nowhere(open_place: Path) -> None:
                 connect(f"{spec.socket_dir}/{node}")  # to its owner they are open
 
 
+def mode(path: str | int) -> int:
+    return stat.S_IMODE(os.stat(path).st_mode)
+
+
 async def test_what_a_machine_makes_is_for_its_owner_alone(open_place: Path) -> None:
     """Modes of the run directory, the records, the sockets and the memory, whatever the umask."""
     before = os.umask(0)
@@ -270,14 +277,13 @@ async def test_what_a_machine_makes_is_for_its_owner_alone(open_place: Path) -> 
         machine = Machine(small(open_place))
         async with machine:
             await machine.run_workload()
-            run, assert_mode = machine.run_dir, []
-            for path in (run, run / "records", Path(machine.spec.socket_dir)):
-                assert_mode.append((path, 0o700))
-            for path in (*(run / "records").iterdir(), *Path(machine.spec.socket_dir).iterdir()):
-                assert_mode.append((path, 0o600))
-            assert {path: stat.S_IMODE(path.stat().st_mode) for path, _ in assert_mode} == dict(assert_mode)
+            directories = (str(machine.run_dir), f"{machine.run_dir}/records", machine.spec.socket_dir)
+            inside = [f"{place}/{name}" for place in directories[1:] for name in os.listdir(place)]
+            assert len(inside) == 2 * len(machine.spec.nodes()) + 2
+            assert {mode(path) for path in directories} == {0o700}
+            assert {mode(path) for path in inside} == {0o600}
             assert machine.memory.fd is not None
-            assert stat.S_IMODE(os.fstat(machine.memory.fd).st_mode) == 0o600
+            assert mode(machine.memory.fd) == 0o600
     finally:
         os.umask(before)
 

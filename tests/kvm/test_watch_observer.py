@@ -147,13 +147,13 @@ class Updating:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_an_update_is_seen_stage_by_stage(seed: int) -> None:
-    """CPUs gather, then each stage in its order has 0 to all acknowledgements, then it is over and the new module up."""
+    """CPUs gather, each stage in its order is acknowledged by 0 to all, then it is over and the new module up."""
     updating = Updating(3)
     updating.install(build_v2(module("1.5.09")))
     updating.run(seed)
     looks = [look for look in updating.looks if look.running]
     gather = [look.stopped for look in looks if look.gathers and look.stop is MultiStopState.PREPARE]
-    assert gather == sorted(gather) and set(gather) == {0, 1, 2}
+    assert gather[:4] == [0, 1, 2, 3] and set(gather[4:]) <= {0}
     stages = [look.stage for look in looks if not look.gathers]
     assert stages == sorted(stages) and list(dict.fromkeys(stages)) == STAGES
     for stage in STAGES[:-1]:

@@ -124,7 +124,7 @@ def test_the_queue_of_a_lock_is_told_in_its_order() -> None:
     [
         (UpdateSeen(), "update  1 of 2 ended"),
         (
-            UpdateSeen(2, ModuleUpdateState.SHUTDOWN, 0, 8, running=True, stop=MultiStopState.PREPARE, stopped=5, stopping=8),
+            UpdateSeen(2, ModuleUpdateState.SHUTDOWN, running=True, stop=MultiStopState.PREPARE, stopped=5, stopping=8),
             "2: SHUTDOWN CPU_INSTALL CPU_INIT RUN_UPDATE DONE   stop_machine: PREPARE 5/8",
         ),
         (
