@@ -11,6 +11,7 @@ from bus.columns import COMMON, event_columns
 from bus.events import EVENTS, Event
 from bus.invariant import EXPLAINED_BY_DEATH, Invariant
 from bus.invariants import INVARIANTS
+from bus.needs import needs
 from bus.queries import QUERIES
 from bus.views import VIEWS
 
@@ -30,6 +31,17 @@ Read one CPU's life, or one question across all of them:
 
 To see one order of everything, sort by `clock`, then by `node` and `seq`: Lamport time never puts an effect before its
 cause, because messages and shared words both carry it.
+"""
+
+EVENTS_HEAD = """## Events
+
+*Needed by* names the [invariants](invariants.md) that look at an event; behind a field stand those that look at it.
+*state* is what all of them see: which VMCS is current and active where, who holds and waits for locks and calls, how
+far an update is. What nobody needs is for people, for the summary and for [queries](queries.md). This is read off the
+code of the invariants.
+
+A time has its unit in its name or meaning: `_ns`, `_ms`, `_s`. `errno` and `ret` are 0 or a negative errno. Other
+numbers are counts, numbers of things, addresses or registers.
 """
 
 INVARIANTS_HEAD = """# Invariants
@@ -100,20 +112,31 @@ def page(module: str, *parts: str) -> str:
 
 def records_page(known: Mapping[str, Event] = EVENTS) -> str:
     """docs/records.md."""
-    rows = ((f"`{name}`", event.sentence, _fields(event.fields)) for name, event in known.items())
+    rows = (
+        (f"`{name}`", event.sentence, _fields(name, event.fields), _needed_by(name, ""))
+        for name, event in known.items()
+    )
     return page(
         "bus.docs",
         RECORDS,
         "## Common fields\n",
         table(("field", "meaning"), ((f"`{name}`", meaning) for name, meaning in _common())),
         "\n\n".join(_closing_paragraphs()) + "\n",
-        "## Events\n",
-        table(("event", "says", "fields"), rows),
+        EVENTS_HEAD,
+        table(("event", "says", "fields", "needed by"), rows),
     )
 
 
-def _fields(fields: Mapping[str, str]) -> str:
-    return "<br>".join(f"`{name}`: {meaning}" for name, meaning in fields.items()) or "none"
+def _fields(event: str, fields: Mapping[str, str]) -> str:
+    lines = []
+    for name, meaning in fields.items():
+        needed = _needed_by(event, name)
+        lines.append(f"`{name}`: {meaning}" + (f" ({needed})" if needed else ""))
+    return "<br>".join(lines) or "none"
+
+
+def _needed_by(event: str, field: str) -> str:
+    return ", ".join(needs().get((event, field), ()))
 
 
 def _common() -> list[tuple[str, str]]:

@@ -79,7 +79,7 @@ class Page:
             "verdict": escape(summary["verdict"]),
             "machine": escape(_machine(summary)),
             "summary": _rows(summary),
-            "stories": _stories(summary, picture.begin),
+            "stories": "\n".join(_story(*numbered) for numbered in enumerate(summary["violations"])),
             "invariants": _invariants(summary),
             "css": (HERE / "timeline.css").read_text(),
             "js": "".join((HERE / name).read_text() for name in ("timeline_draw.js", "timeline.js")),
@@ -185,19 +185,16 @@ def _rows(summary: Summary) -> str:
     )
 
 
-def _stories(summary: Summary, begin: int) -> str:
-    return "\n".join(_story(number, violation, begin) for number, violation in enumerate(summary["violations"]))
-
-
-def _story(number: int, violation: Summary, begin: int) -> str:
+def _story(number: int, violation: Summary) -> str:
     """A violation with its events, and the button that shows them on the timeline."""
-    invariant, follows = violation["invariant"], violation["follows_from"]
-    head = f"{invariant} {violation['slug']}, {times_text(violation)}" + (f", follows from {', '.join(follows)}" if follows else "")
+    follows = violation["follows_from"]
+    head = f"{violation['invariant']} {violation['slug']}, {times_text(violation['count'])}"
+    head += f", follows from {', '.join(follows)}" if follows else ""
     lines = "\n".join(violation["first"]["text"])
-    show = f'<button type="button" data-story="{number}">Show on the timeline</button>'
     return (
         f'<details class="story"{"" if follows else " open"}><summary>{escape(head)}</summary>'
-        f"<pre>{escape(lines)}</pre>{show}</details>"
+        f"<pre>{escape(lines)}</pre>"
+        f'<button type="button" data-story="{number}">Show on the timeline</button></details>'
     )
 
 
@@ -207,7 +204,7 @@ def _invariants(summary: Summary) -> str:
     rows = []
     for id, invariant in sorted(INVARIANTS.items(), key=lambda item: item[0] not in broken):
         violation = broken.get(id)
-        word = "held" if violation is None else f"broken {violation['count']} times"
+        word = "held" if violation is None else f"broken {times_text(violation['count'])}"
         rows.append(
             f'<tr class="{"held" if violation is None else "broken"}"><td>{id}</td><td>{escape(invariant.slug)}</td>'
             f"<td>{word}</td><td>{escape(invariant.sentence)}</td></tr>"

@@ -30,10 +30,10 @@ class ActiveOnOneCpu(Invariant):
         known = shadow.vmcs.get(record["vmcs"])
         others = known.active - {record["node"]} if known is not None else None
         if known is not None and others:
-            other = min(others)
+            other, taken = min(others), known.taken
             self.violated(
                 f"VMCS {hexadecimal(record['vmcs'])} became active on {record['node']} while active on {other}",
-                ("cleared there", known.taken),
+                ("taken from", taken if taken is not None and taken["node"] == record["node"] else None),
                 ("active", known.activated.get(other)),
                 ("load", known.load),
                 ("failed", record),
@@ -128,8 +128,8 @@ class LaunchStateMatches(Invariant):
             self.violated(
                 f"{what} {hexadecimal(vmcs)} on {record['node']}",
                 ("launched", known.entered),
-                ("cleared" if by_seamret and not launch else "took it", taken),
-                ("believed", known.stored if launch else known.load),
+                ("launch state cleared" if by_seamret and not launch else "took it", taken),
+                ("believed", known.stored if launch else None),
                 ("failed", record),
             )
 

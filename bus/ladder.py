@@ -56,7 +56,7 @@ MESSAGES: dict[str, tuple[object, object]] = {
 
 SAID_OF = {
     "not repaired": "call over, current_vmcs still names it",
-    "cleared": "SEAMRET clears its launch state",
+    "launch state cleared": "SEAMRET clears its launch state",
 }
 """Words for parts of a story that say more than their record does."""
 

@@ -66,13 +66,13 @@ class Interval(msgspec.Struct, frozen=True):
 
 
 class Lane:
-    """One node. `starts` are the beginnings of intervals as its own records tell them."""
+    """One node. `starts` are the beginnings of a CPU's intervals, as its own records tell them."""
 
     def __init__(self) -> None:
         self.pid = 0
         self.starts: list[tuple[int, State, str]] = []
         self.births: list[int] = []
-        """Times of the first record of each of its processes."""
+        """Times of the first record of each of its processes; if it is no CPU, also those at which it was online."""
         self.ends: list[tuple[int, str]] = []
         """Times at which the launcher saw its process gone; in what way, empty if it was asked to go."""
         self.stops: list[tuple[int, bool]] = []
@@ -110,9 +110,7 @@ class Lanes:
             lane.pid, lane.td = record["pid"], None
             lane.births.append(ts)
         self._see_others(event, record)
-        if cpu_number(node) is None:
-            lane.start(ts, State.RUNS, "")
-        else:
+        if cpu_number(node) is not None:
             self._see_cpu(lane, event, record)
 
     def _lane(self, node: str) -> Lane:
@@ -125,6 +123,8 @@ class Lanes:
         """What a record says of other lanes than its own."""
         ts = record["ts"]
         match event:
+            case "process_online" if cpu_number(record["name"]) is None:
+                self._lane(record["name"]).births.append(ts)
             case "process_exit":
                 self._lane(record["name"]).ends.append((ts, "" if record["wanted"] else _death(record["status"])))
             case "fault" if record["kind"] in ("stop", "resume"):
@@ -162,13 +162,15 @@ class Lanes:
 
     def finish(self) -> dict[str, tuple[Interval, ...]]:
         """The intervals of each node, in time order and without overlap; there are gaps where it had no process."""
-        return {node: tuple(self._intervals(lane)) for node, lane in self._lanes.items() if lane.starts}
+        return {node: tuple(self._intervals(lane)) for node, lane in self._lanes.items() if lane.births}
 
     def _intervals(self, lane: Lane) -> Iterator[Interval]:
-        ends = [*(ts for ts, _, _ in lane.starts[1:]), self.end]
+        lane.births.sort()
+        starts = lane.starts or [(lane.births[0], State.RUNS, "")]
+        ends = [*(begin for begin, _, _ in starts[1:]), self.end]
         base = (
             Interval(begin, max(begin, end), state, what)
-            for (begin, state, what), end in zip(lane.starts, ends, strict=True)
+            for (begin, state, what), end in zip(starts, ends, strict=True)
         )
         gone = [(ts, self._born_after(lane, ts), why) for ts, why in sorted(lane.ends)]
         dead = [Interval(begin, end, State.DEAD, why) for begin, end, why in gone]

@@ -11,8 +11,8 @@ from bus.records import COMMON_FIELDS, CPU_FIELDS, Record
 P_SEAMLDR = 1 << 63
 _EXCEPTIONS = {6: "#UD", 13: "#GP", 14: "#PF"}
 _ERRORS = {
-    4: "non-clear VMCS",
-    5: "non-launched VMCS",
+    4: "VMLAUNCH with non-clear VMCS",
+    5: "VMRESUME with non-launched VMCS",
     7: "invalid control fields",
     8: "invalid host state",
     11: "wrong revision identifier",
@@ -45,7 +45,7 @@ def outcome(result: object) -> str:
     """A VMX result in the SDM's words; empty if the instruction succeeded.
 
     >>> outcome("ok"), outcome("invalid"), outcome("valid:5"), outcome("fault:6")
-    ('', 'VMfailInvalid', 'VMfailValid(5), non-launched VMCS', '#UD')
+    ('', 'VMfailInvalid', 'VMfailValid(5), VMRESUME with non-launched VMCS', '#UD')
     """
     kind, _, number = str(result).partition(":")
     if kind == "valid":
@@ -82,7 +82,9 @@ def _field(r: Record) -> str:
 
 def _vmentry(r: Record) -> str:
     insn = r["insn"].upper()
-    return _vmx(insn, r) if r["result"] != "ok" else f"{insn} of {hexadecimal(r['vmcs'])}"
+    if r["result"] == "ok":
+        return f"{insn} of {hexadecimal(r['vmcs'])}"
+    return f"{insn}, launched={r['launched']}: {outcome(r['result']).partition(',')[0]}"
 
 
 def _vcpu_load(r: Record) -> str:
@@ -208,7 +210,7 @@ PHRASES: dict[str, Callable[[Record], str]] = {
     "task_lost": lambda r: f"task {r['task']} is lost with CPU {r['cpu']}",
     "request": lambda r: f"request {r['request']}: {r['kind']}",
     "seamldr_info": lambda r: f"SEAMLDR.INFO: {r['remaining']} updates remain",
-    "sysfs_read": lambda r: f"read {r['path'].rpartition('/')[2]}: {r['value'] or r['errno']}",
+    "sysfs_read": lambda r: f"read {r['path'].rpartition('/')[2]}: {r['errno'] or repr(r['value'])}",
     "sysfs_write": lambda r: f"write {r['path'].rpartition('/')[2]}: {r['errno']}",
     "fw_upload": lambda r: f"upload of {r['name']}: {r['stage']} {r['error']}".rstrip(),
 }

@@ -1,16 +1,9 @@
-"use strict";
 /* The timeline. Times are microseconds since the machine began. A lane is columns of numbers in time order, so what is
    in view, and what is under the pointer, is found by binary search. */
 
 const GUTTER = 92;
-const RULER = 20, BAND = 18;
 const LEAST_SPAN = 4;
-const ARROWS = 1000;
 const NEAR = 5;
-const COLORS = ["guest", "kernel", "lock", "pseamldr", "seam", "stopped", "idle", "offline", "dead", "sigstopped", "runs"];
-const HATCHED = new Set(["offline", "dead", "sigstopped"]);
-const MARKS = { fault: "\u25bc fault", failure: "\u2715 failure", warning: "\u25cf kernel warning" };
-const FONT = "11px system-ui, 'DejaVu Sans', sans-serif";
 
 const $ = (id) => document.getElementById(id);
 const root = document.documentElement;
@@ -60,7 +53,9 @@ function ms(us) {
 
 // State of the page
 
-let data, lanes, view, height, cursor = null, brush = null, style = {}, locks, arrows, drawn = [], overview = null, pending = false;
+let data, lanes, locks, arrows;
+let view, height;
+let cursor = null, brush = null;
 
 /* Of the part beside the gutter, and how far the lanes are scrolled: as of the last drawing, since to ask is slow. */
 let width = 1, scrolled = 0;

@@ -1,6 +1,16 @@
 "use strict";
 /* What the timeline draws, on three canvases: the whole run, the ruler with updates and locks, and the lanes. */
 
+const OVERVIEW = 46, RULER = 20, BAND = 18;  // heights
+/* At most so many arrows are drawn. */
+const ARROWS = 1000;
+const COLORS = ["guest", "kernel", "lock", "pseamldr", "seam", "stopped", "idle", "offline", "dead", "sigstopped", "runs"];
+const HATCHED = new Set(["offline", "dead", "sigstopped"]);
+const MARKS = { fault: "\u25bc fault", failure: "\u2715 failure", warning: "\u25cf kernel warning" };
+const FONT = "11px system-ui, 'DejaVu Sans', sans-serif";
+
+let style = {}, overview = null, drawn = [], pending = false;
+
 function sized(canvas, w, h) {
   const scale = window.devicePixelRatio || 1;
   canvas.width = Math.round(w * scale);
@@ -142,7 +152,7 @@ function words(lane, i) {
 }
 
 function label(g, text, x, w, y, state) {
-  const most = Math.floor((w - 8) / 5.9);
+  const most = Math.floor((w - 8) / 6.6);
   g.fillStyle = ["idle", "runs", "offline"].includes(COLORS[state]) ? style.dim : style["on-state"];
   g.fillText(text.length > most ? text.slice(0, most - 1) + "\u2026" : text, x + 4, y);
 }
@@ -272,7 +282,7 @@ function drawHead() {
     g.fillText("update", 8, y + BAND / 2);
     const names = [...new Set(data.stages.map((stage) => stage[3]))];
     for (const [from, to, update, name] of data.stages) {
-      box(g, from, to, y, style.accent, 0.35 + 0.5 * (names.indexOf(name) % 2), `${update} ${name}`);
+      box(g, from, to, y, style.accent, 0.3 + 0.3 * (names.indexOf(name) % 2), `${update} ${name}`);
     }
     y += BAND;
   }
@@ -306,8 +316,6 @@ function box(g, from, to, y, color, alpha, text) {
 }
 
 /* The whole run: how many CPUs are in each state, updates on top of it, and what part is in view. */
-const OVERVIEW = 46;
-
 function shares() {
   const bins = Math.max(1, Math.floor(width)), scale = bins / data.end;
   const columns = Array.from({ length: COLORS.length }, () => new Float32Array(bins));

@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from bus.files import read_file_within
 from bus.points import POINTS
 from bus.report import console_for, print_stories
 from kvm.campaign import Round, rounds, run_round, shrink
 from kvm.chaos_report import print_points, print_rounds, print_strikes
-from kvm.plan import Plan, PlanError, parse_plan
+from kvm.plan import MAX_PLAN_BYTES, Plan, PlanError, parse_plan
 from kvm.summary import SAFE, UNFINISHED, VIOLATED, summarize_run
 from kvm.topology import MAX_CPUS
 from kvm.watching import Watching
@@ -46,7 +47,7 @@ def add_chaos_arguments(parser: argparse.ArgumentParser) -> None:
 def read_plan(path: str, cpus: int | None = None) -> Plan:
     """The plan in a file, for a machine of `cpus` CPUs if that is given; raises `PlanError` with file and line."""
     try:
-        return parse_plan(Path(path).read_bytes(), cpus)
+        return parse_plan(read_file_within(path, MAX_PLAN_BYTES), cpus)
     except OSError as error:
         raise PlanError(f"plan {path} cannot be read: {error.strerror}") from None
     except PlanError as error:

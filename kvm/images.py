@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from bus.files import read_file_within
+from seamldr.commands import signer_beside
 from seamldr.identity import make_identity
-from seamldr.image import ImageError, ModuleImage, build_v1, build_v2, parse
+from seamldr.image import MAX_FILE, ImageError, ModuleImage, build_v1, build_v2, parse
 from seamldr.module_maker import make_module
 from seamldr.sigstruct import SigStruct, new_key, signer_hash
 
@@ -47,7 +49,7 @@ class Images:
         self.signers: tuple[str, ...] = (signer_hash(SigStruct.decode(first.sigstruct)),)
         if image is not None and given is not None:
             self.planned: tuple[str, ...] = (self._keep(image, "given.bin"),) * planned
-            self.signers += _maker(given)
+            self.signers += _signer_of(given)
             return
         made = [str(self.next()) for _ in range(max(planned, IMAGES_TO_UPLOAD) if upload else planned)]
         self.planned = tuple(made[:planned])
@@ -77,10 +79,11 @@ def _svn_major(image: ModuleImage) -> int:
     return SigStruct.decode(image.sigstruct).svn_major if image.sigstruct else 0
 
 
-def _maker(path: str) -> tuple[str, ...]:
-    """The signer hash kept beside an image that `module make` made, if there is one."""
-    beside = Path(f"{path}.signer")
-    return (beside.read_text().strip(),) if beside.is_file() else ()
+def _signer_of(path: str) -> tuple[str, ...]:
+    try:
+        return signer_beside(path)
+    except OSError as error:
+        raise ModuleFileError(f"the signer of module {path} cannot be read: {error.strerror}") from None
 
 
 def read_module(path: str) -> tuple[ModuleImage, bool]:
@@ -89,7 +92,7 @@ def read_module(path: str) -> tuple[ModuleImage, bool]:
     Raises `ModuleFileError` if it is neither.
     """
     try:
-        image = parse(Path(path).read_bytes())
+        image = parse(read_file_within(path, MAX_FILE))
     except OSError as error:
         raise ModuleFileError(f"module {path} cannot be read: {error.strerror}") from None
     except ImageError as error:

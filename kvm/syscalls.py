@@ -8,10 +8,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable
 from errno import EIO, ENXIO
-from pathlib import Path
 
 import trio
 
+from bus.files import read_file_within
 from bus.memory import PAGE_SIZE, PhysicalMemory
 from bus.messages import AdminDone, Body, BuildTd, Do, Hotplug, InstallModule, ReadVersion
 from bus.node import Node
@@ -19,7 +19,8 @@ from cpu.layout import TDX_STATE, per_cpu
 from kvm.compose import Knobs, kernel
 from kvm.pages import PagePool
 from kvm.requests import Requests
-from kvm.sysfs import SysfsTree
+from kvm.sysfs import LARGEST_IMAGE, SysfsTree
+from seamldr.image import MAX_FILE
 from seamldr.structures import SeamldrInfo
 from seamldr.update import version_text
 from seamldr.upload import Support
@@ -187,7 +188,7 @@ class Syscalls:
                 image = file_content(do.path)
             except OSError as error:
                 return -(error.errno or EIO), str(error)
-            return await self.install(image, len(image), do.cpu), ""
+            return await self.install(image[:LARGEST_IMAGE], len(image), do.cpu), ""
         return done.errno, done.text
 
     async def _hotplug(self, cpu: int, *, online: bool) -> AdminDone:
@@ -202,5 +203,5 @@ class Syscalls:
 
 
 def file_content(path: str) -> bytes:
-    """All of a file; raises `OSError`."""
-    return Path(path).read_bytes()
+    """All of an image file; raises `OSError`."""
+    return read_file_within(path, MAX_FILE)

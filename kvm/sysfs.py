@@ -302,8 +302,8 @@ async def serve_sysfs(root: Path, host: Host, support: Support) -> AsyncIterator
 
 @contextmanager
 def sysfs_directory(root: Path) -> Iterator[None]:
-    """Make `root`, for its owner alone, if it is not there. When the block ends nothing of the tree is left, whoever was
-    killed.
+    """Make `root`, for its owner alone, if it is not there. When the block ends nothing of the tree is left, whoever
+    was killed.
     """
     existed = root.exists()
     root.mkdir(mode=0o700, exist_ok=True)

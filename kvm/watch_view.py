@@ -29,6 +29,13 @@ class Look(msgspec.Struct, frozen=True):
     color: str
     loud: bool = True
     """Its cell in a grid shows the letter."""
+    dark: bool = False
+    """The colour is too dark for words."""
+
+    @property
+    def key(self) -> str:
+        """Style of its letter on its colour."""
+        return f"bold {'black' if self.loud else 'white'} on {self.color}"
 
 
 LOOKS: dict[Doing, Look] = {
@@ -39,11 +46,11 @@ LOOKS: dict[Doing, Look] = {
     Doing.SEAM: Look("TDX module, TD", "T", "dark_cyan"),
     Doing.STOPPED: Look("stop_machine", "s", "orange4", loud=False),
     Doing.WAITS: Look("waits for CPU", "w", "dark_orange"),
-    Doing.IDLE: Look("idle", ".", "grey30", loud=False),
+    Doing.IDLE: Look("idle", ".", "grey30", loud=False, dark=True),
     Doing.STANDS: Look("stands still", "!", "grey93"),
     Doing.SIGSTOPPED: Look("SIGSTOPped", "Z", "indian_red1"),
     Doing.DEAD: Look("dead", "X", "red3"),
-    Doing.OFFLINE: Look("offline", "-", "grey11"),
+    Doing.OFFLINE: Look("offline", "-", "grey11", loud=False, dark=True),
 }
 
 
@@ -101,7 +108,7 @@ def _title(heading: Heading, seen: Seen, width: int) -> Text:
 
 
 def _labelled(label: str) -> Text:
-    return Text(label.ljust(LABEL), style="dim")
+    return Text().append(label.ljust(LABEL), style="dim")
 
 
 def _rates(seen: Seen) -> Text:
@@ -173,7 +180,7 @@ def _table_row(cpu: CpuSeen, width: int) -> Text:
     look = LOOKS[cpu.doing]
     numbers = (f"{cpu.exits_per_s:7.0f}", f"{cpu.calls:5}", f"{cpu.tasks:5}")
     text = Text(f"{cpu.number:4} ")
-    text.append(look.name.ljust(15), style=look.color)
+    text.append(look.name.ljust(15), style="dim" if look.dark else look.color)
     text.append(f"{time_text(cpu.for_ns):>7} {cpu.what[:18]:19}{' '.join(numbers)} ")
     if cpu.errors:
         text.append(f"{cpu.errors} errors ", style="bold red")
@@ -213,7 +220,7 @@ def _grid_row(cpus: Sequence[CpuSeen], cell: int) -> Text:
     run, last = "", ""
     for at, cpu in enumerate(cpus):
         look = LOOKS[cpu.doing]
-        style = f"bold black on {look.color}" if look.loud else f"{look.color} on {look.color}"
+        style = look.key if look.loud else f"{look.color} on {look.color}"
         if at and at % GROUP == 0:
             text.append(run, style=last).append(" ")
             run = ""
@@ -233,7 +240,7 @@ def _legend(seen: Seen, width: int, *, bars: bool = False) -> list[Text]:
         count = seen.number_of(doing)
         if not count and doing not in barred:
             continue
-        entry = Text().append(look.letter, style=f"bold black on {look.color}").append(f" {look.name} {count}  ")
+        entry = Text().append(look.letter, style=look.key).append(f" {look.name} {count}  ")
         if lines[-1].cell_len + entry.cell_len > width + 2:
             lines.append(Text(" " * GRID_LABEL))
         lines[-1].append_text(entry)

@@ -8,8 +8,9 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
+from bus.files import read_file_within
 from seamldr.identity import make_identity
-from seamldr.image import ImageError, ModuleImage, build_v1, build_v2, parse
+from seamldr.image import MAX_FILE, ImageError, ModuleImage, build_v1, build_v2, parse
 from seamldr.module_maker import make_module
 from seamldr.platform import LoaderProfile, Platform
 from seamldr.sigstruct import SigStruct, new_key, signer_hash
@@ -18,6 +19,7 @@ from seamldr.verdict import Finding, ImageReport, describe_image, verify_image
 
 SIGNER_SUFFIX = ".signer"
 """Beside an image made here lies a file with the hash of its key, by which a machine trusts it."""
+MAX_SIGNER = 4096
 
 
 class ModuleCommandError(ValueError):
@@ -43,7 +45,7 @@ def make_module_file(path: Path, version: str, profile: str, pages: int, v1: boo
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_file_within(path, MAX_FILE)
     except OSError as error:
         raise ModuleCommandError(f"{path} cannot be read: {error.strerror}") from None
 
@@ -68,7 +70,7 @@ def verify_module(path: Path, fms: int, profile: str, running: Path | None = Non
     Without `running` this is the first module of the platform (LOAD); else an UPDATE of the module in that file.
     """
     blob = _read(path)
-    trusted = tuple(signer for file in (path, running) if file is not None for signer in _signer_beside(file))
+    trusted = tuple(signer for file in (path, running) if file is not None for signer in _signer_of(file))
     platform = Platform(profile=LoaderProfile(profile), fms=(fms,), trusted_signers=trusted)
     old = None if running is None else _running_module(running, platform)
     report = verify_image(blob, platform, Scenario.LOAD if old is None else Scenario.UPDATE, old)
@@ -95,9 +97,17 @@ def _outcome(stop: Finding | None) -> str:
     return "would be installed" if stop is None else f"stops at: {stop.title} ({stop.outcome})"
 
 
-def _signer_beside(path: Path) -> tuple[str, ...]:
-    beside = path.with_name(path.name + SIGNER_SUFFIX)
-    return (beside.read_text().strip(),) if beside.is_file() else ()
+def signer_beside(path: str | Path) -> tuple[str, ...]:
+    """The hash of the signer that is kept beside an image that `module make` made, if it is; raises `OSError`."""
+    beside = Path(f"{path}{SIGNER_SUFFIX}")
+    return (read_file_within(beside, MAX_SIGNER).decode(errors="replace").strip(),) if beside.exists() else ()
+
+
+def _signer_of(path: Path) -> tuple[str, ...]:
+    try:
+        return signer_beside(path)
+    except OSError as error:
+        raise ModuleCommandError(f"{path}{SIGNER_SUFFIX} cannot be read: {error.strerror}") from None
 
 
 def _running_module(path: Path, platform: Platform) -> ModuleImage:

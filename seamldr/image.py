@@ -19,6 +19,8 @@ MAX_MODULE_PAGES = 496
 VERSION_1 = 0x0100
 VERSION_2 = 0x0200
 SIGNATURE = b"TDX-BLOB"
+MAX_FILE = 16 << 20
+"""Bytes of a file that is read at all; no image of either version is that long."""
 
 _V1 = struct.Struct("<HHI8sII")
 _V2 = struct.Struct("<HH8sII")

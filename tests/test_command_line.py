@@ -98,7 +98,7 @@ def test_the_bug_of_the_mail_shows_and_is_explained(tmp_path: Path) -> None:
     """`none` loses its VMCS: status 1, errors counted, and the story names what took it, who believed, what failed."""
     done = seamlab("run", *SMALL, "--strategy", "none", "--run-dir", str(tmp_path / "run"))
     assert done.returncode == VIOLATED
-    for word in ("unsafe", "I2", "I3", "took it:", "believed:", "failed:"):
+    for word in ("unsafe", "I2", "I3", "SEAMRET takes", "names it, no VMPTRLD", "VMfailInvalid", "again: seamlab run"):
         assert word in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import msgspec
 
-from .script import Script, ScriptError, run_script
+from bus.files import read_file_within
+
+from .script import Script, run_script
+
+MAX_SCRIPT = 16 << 20
+"""Bytes of a script."""
 
 
 def main(arguments: list[str]) -> int:
@@ -16,13 +20,21 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m cpu.vmx SCRIPT.json", file=sys.stderr)
         return 2
     try:
-        script = msgspec.json.decode(Path(arguments[0]).read_bytes(), type=Script)
+        script = msgspec.json.decode(read_file_within(arguments[0], MAX_SCRIPT), type=Script)
         results = run_script(script.config, script.ops)
-    except (OSError, msgspec.MsgspecError, ScriptError) as error:
-        print(f"{arguments[0]}: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        return _refuse(arguments[0], error.strerror)
+    except RecursionError:
+        return _refuse(arguments[0], "nested too deeply")
+    except ValueError as error:  # no JSON, no UTF-8, not as a script has to be
+        return _refuse(arguments[0], str(error))
     print(msgspec.json.format(msgspec.json.encode(results), indent=1).decode())
     return 0
+
+
+def _refuse(path: str, why: str | None) -> int:
+    print(f"{path}: {why}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ costs to watch one.
 Absolute times depend on the computer and its other load, so each round measures the machine and, right before it, as
 many bare forks of an interpreter that is warmed up in the same way: each child only says that it is there. A machine
 is watched for every other slice of time, on a terminal that `cat` reads: the work done is VM exits, the ratio that of
-slices next to each other; the launcher's time is that of one processor.
+slices next to each other. Other load makes that wide; "by work" is the ratio of exits to the processor time that the
+whole machine took for them, the launcher included. The launcher's time is that of one processor.
 """
 
 import os
@@ -16,8 +17,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from time import perf_counter, process_time
-from typing import NamedTuple
+from time import clock_gettime, perf_counter, process_time
+from typing import NamedTuple, Self
 
 import trio
 from rich.console import Console
@@ -83,10 +84,29 @@ def private_mib(pid: int) -> float:
 
 
 class Slice(NamedTuple):
-    """VM exits of all CPUs in a slice of time, and processor time that the launcher took meanwhile, in seconds."""
+    """VM exits of all CPUs in a slice of time; processor time that the launcher, and the whole machine with it, took
+    meanwhile, in seconds.
+    """
 
-    exits: int
+    exits: float
     launcher: float
+    machine: float
+
+    @classmethod
+    def until_now(cls, machine: Machine) -> Self:
+        """From the machine's beginning."""
+        pids = [process.pid for process in machine.processes.values()]
+        exits = sum(row.exits for row in read_rows(machine.memory, machine.spec.cpus))
+        return cls(exits, process_time(), process_time() + sum(processor_time(pid) for pid in pids))
+
+    def since(self, before: Self) -> Self:
+        """What came after."""
+        return type(self)(*(now - then for now, then in zip(self, before, strict=True)))
+
+
+def processor_time(pid: int) -> float:
+    """Of a process with all its threads, in seconds; the clock of clock_getcpuclockid(3)."""
+    return clock_gettime(~pid << 3 | 2)
 
 
 async def watched_by_turns(cpus: int, turns: int) -> list[tuple[Slice, Slice]]:
@@ -105,24 +125,20 @@ async def turn(machine: Machine, watching: Watching, watched_first: bool) -> tup
     """A slice without and one with the view, in this or the other order."""
     slices = {}
     for watched in (watched_first, not watched_first):
-        exits, time = exits_of(machine), process_time()
+        before = Slice.until_now(machine)
         async with trio.open_nursery() as nursery:
             if watched:
                 nursery.start_soon(watching.follow, machine)
             await trio.sleep(SLICE_S)
             nursery.cancel_scope.cancel()
-        slices[watched] = Slice(exits_of(machine) - exits, process_time() - time)
+        slices[watched] = Slice.until_now(machine).since(before)
     return slices[False], slices[True]
-
-
-def exits_of(machine: Machine) -> int:
-    """VM exits of all CPUs so far."""
-    return sum(row.exits for row in read_rows(machine.memory, machine.spec.cpus))
 
 
 def watching(turns: int) -> None:
     """Measure and print what a view costs."""
-    table = Table("CPUs", "exits/s", "watched", "ratio", "quartiles", "launcher", "watched", title="Watching a machine")
+    table = Table("CPUs", "exits/s", "watched", "ratio", "quartiles", "by work", "launcher", "watched")
+    table.title = "Watching a machine"
     ours, theirs = pty.openpty()
     terminal = subprocess.Popen(["cat"], stdin=ours, stdout=subprocess.DEVNULL)
     os.close(ours)
@@ -132,10 +148,12 @@ def watching(turns: int) -> None:
         for cpus in WATCHED_SIZES:
             pairs = trio.run(watched_by_turns, cpus, turns)
             low, middle, high = statistics.quantiles(watched.exits / bare.exits for bare, watched in pairs)
-            halves = [Slice(*map(statistics.median, zip(*half, strict=True))) for half in zip(*pairs, strict=True)]
+            halves = [Slice(*map(statistics.mean, zip(*half, strict=True))) for half in zip(*pairs, strict=True)]
             exits = [f"{half.exits / SLICE_S:,.0f}" for half in halves]
+            bare, watched = (half.exits / half.machine for half in halves)
             times = [f"{half.launcher / SLICE_S:.1%}" for half in halves]
-            table.add_row(str(cpus), *exits, f"{middle:.3f}", f"{low:.3f} to {high:.3f}", *times)
+            ratios = f"{middle:.3f}", f"{low:.3f} to {high:.3f}", f"{watched / bare:.3f}"
+            table.add_row(str(cpus), *exits, *ratios, *times)
     finally:
         sys.stderr.close()
         sys.stderr = stderr

@@ -99,7 +99,7 @@ def test_vmfailinvalid_breaks_i3(insn: str) -> None:
     else:
         run.write(insn, field=0x681E, name="GUEST_RIP", value=7, vmcs=NONE, result="invalid")
     assert run.violated() == {"I2", "I3", "I18"}
-    name = {"vmentry": "VMRESUME"}.get(insn, f"{insn.upper()} GUEST_RIP")
+    name = {"vmentry": "VMRESUME, launched=1"}.get(insn, f"{insn.upper()} GUEST_RIP")
     assert run.rungs("I3") == [
         "*      |  vcpu0   VMPTRLD 0x12000",
         "|<-----o  reader  leaf0: SEAMRET takes 0x12000",
@@ -121,7 +121,7 @@ def test_launch_then_resume_keeps_i5() -> None:
 
 
 def test_vmresume_after_seamret_cleared_breaks_i5() -> None:
-    """I5 is broken by error 5, told by the load, the SEAMRET that took the launch state, and the entry."""
+    """I5 is broken by error 5, told by the launch, the SEAMRET that took the launch state, and the entry."""
     run = Run(seamret_launch="clear").cpu(0).load(V).enter(V, "vmlaunch").put(V)
     run.cpu(0, "reader").begin(V).seamcall(INFO, lost=V).cv(NONE).end(NONE)
     run.cpu(0).load(V).enter(V, result="valid:5")
@@ -130,8 +130,7 @@ def test_vmresume_after_seamret_cleared_breaks_i5() -> None:
     assert run.rungs("I5") == [
         "*      |  vcpu0   VMLAUNCH of 0x12000",
         "|<-----o  reader  SEAMRET clears its launch state",
-        "*      |  vcpu0   load of 0x12000",
-        "X      |  vcpu0   VMRESUME: VMfailValid(5), non-launched VMCS",
+        "X      |  vcpu0   VMRESUME, launched=1: VMfailValid(5)",
     ]
 
 

@@ -112,7 +112,7 @@ def test_the_tables_know_only_events() -> None:
     [
         ("ok", ""),
         ("invalid", "VMfailInvalid"),
-        ("valid:5", "VMfailValid(5), non-launched VMCS"),
+        ("valid:12", "VMfailValid(12), unsupported field"),
         ("valid:28", "VMfailValid(28)"),
         ("fault:6", "#UD"),
     ],

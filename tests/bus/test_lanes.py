@@ -134,8 +134,8 @@ def test_intervals_are_in_order_and_do_not_overlap() -> None:
 
 
 def test_other_processes_just_run() -> None:
-    """A lane of a process that is not a CPU shows when there was one."""
-    run = Run().node("seamldr").queue(0, 1).later(1).grant(0, 1, 1).later(1).exit("seamldr", wanted=False, status=-9)
-    run.later(1).finish()
-    assert states(run, "seamldr") == [("RUNS", "", 2002), ("DEAD", "by signal 9", 1001)]
+    """A lane of a process that is not a CPU shows when there was one, from when it was online."""
+    run = Run().online("seamldr").later(1).node("seamldr").queue(0, 1).later(1).exit("seamldr", wanted=False, status=-9)
+    run.later(1).online("seamldr", 2).finish()
+    assert states(run, "seamldr") == [("RUNS", "", 2002), ("DEAD", "by signal 9", 1001), ("RUNS", "", 1)]
     assert lanes_of(run.records)["launcher"][0].state is State.RUNS

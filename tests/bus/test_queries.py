@@ -50,9 +50,9 @@ def update() -> Run:
 
 
 def residences() -> Run:
-    """CPU 0 is inside P-SEAMLDR for 1 ms and for 2 ms, CPU 1 is refused entry, enters and dies there."""
-    run = Run().node("seamldr").seam_enter(0).seam_return(0).seam_enter(0).seam_enter(1, admitted=0).seam_return(0)
-    return run.seam_enter(1).write("seam_dead", by=1, why="the CPU died inside SEAM")
+    """CPU 0 is inside P-SEAMLDR for 1 ms and for 3 ms; then CPU 1 is refused entry, enters all the same, and dies."""
+    run = Run().node("seamldr").seam_enter(0).seam_return(0).seam_enter(0).seam_enter(1, admitted=0).seam_enter(1)
+    return run.seam_return(0).write("seam_dead", by=1, why="the CPU died inside SEAM")
 
 
 def lost() -> Run:
@@ -62,9 +62,9 @@ def lost() -> Run:
 
 
 def moves() -> Run:
-    """A goes from CPU 0 to CPU 1, 2 ms after it was put, and is loaded there twice; B stays where it is."""
+    """A goes from CPU 0 to CPU 1, 2 ms after it was put, and is loaded there twice; B is loaded on CPU 0 only."""
     run = Run().cpu(0).vcpu_load(A).put(A).vcpu_load(B).cpu(1).vcpu_load(A).put(A).vcpu_load(A)
-    return run.cpu(0).put(B).vcpu_load(B, skipped=True)
+    return run.cpu(0).put(B).vcpu_load(B, skipped=True).cpu(1).put(B)
 
 
 def errors() -> Run:
@@ -140,12 +140,12 @@ CASES: dict[str, tuple[Callable[[], Run], Rows]] = {
     ),
     "update-slowest": (update, [(1, 1, 4000.0, 1.6, 1)]),
     "residence": (
-        residences,
-        [(0, "INFO", 2, 2, 1000.0, 2000.0, 2000.0, 3000.0), (1, "INFO", 1, 0, None, None, None, None)],
+        lambda: call(residences(), 3),
+        [(0, "INFO", 2, 2, 1000.0, 3000.0, 3000.0, 4000.0), (1, "INFO", 1, 0, None, None, None, None)],
     ),
     "seamcalls": (
         lambda: call(call(residences(), INSTALL), 3),
-        [("INFO", 3, 0, 1000.0, 2000.0, 2000.0), ("INSTALL", 2, 2, *spread(1000.0))],
+        [("INFO", 3, 0, 1000.0, 3000.0, 3000.0), ("INSTALL", 2, 2, *spread(1000.0))],
     ),
     "lost-vmcs": (lost, [(0, f"leaf{INFO & 0xFF}", 2, 1, 1)]),
     "loads-skipped": (moves, [(0, "load", 3, 1, 2, 33.3), (1, "load", 2, 0, 2, 0.0)]),
@@ -187,9 +187,12 @@ def test_every_ready_query_is_tested() -> None:
 
 
 SAMPLED: dict[str, tuple[Callable[[], Run], list[float]]] = {
-    "lock wait": (two_locks, [3000.0, 7000.0]),
+    "lock wait": (
+        lambda: two_locks().lock_request(3, lock="other").lock_hold(3, 3, lock="other"),
+        [3000.0, 7000.0],
+    ),
     "IPI latency": (ipis, [1000.0, 1500.0]),
-    "P-SEAMLDR residence": (lambda: call(residences(), 3), [1000.0, 2000.0]),
+    "P-SEAMLDR residence": (lambda: call(residences(), 3), [1000.0, 3000.0]),
     "update duration": (update, [7000.0]),
 }
 
@@ -211,11 +214,18 @@ def test_a_wait_ends_at_the_hold_of_the_same_process(tmp_path: Path) -> None:
 
 
 def test_a_vmclear_explains_a_failure_too(tmp_path: Path) -> None:
-    """The cause is the last thing that happened to the current-VMCS pointer of that CPU, not of another."""
+    """The cause is what happened last to the current-VMCS pointer of that CPU, not to another VMCS or elsewhere."""
     run = Run().cpu(0).load(A).write("vmclear", vmcs=A, cur=A, result="ok", reason="clear").cpu(1).load(B).call_none(B)
-    run.cpu(0).vmread("invalid").cpu(2).vmread("invalid").write("vmptrst", value=0, result="fault:6")
-    found = rows(run, "SELECT cpu, cause FROM vmx_errors ORDER BY clock", tmp_path)
-    assert found == [(0, "VMCLEAR of the current VMCS"), (2, "no VMCS was ever current"), (2, "exception 6")]
+    run.vmclear(A).cpu(0).vmread("invalid").cpu(1).vmread("invalid").cpu(2)
+    for _ in range(20):
+        run.cv(A)
+    run.vmread("invalid").write("vmptrst", value=0, result="fault:6")
+    assert rows(run, "SELECT cpu, cause FROM vmx_errors ORDER BY clock", tmp_path) == [
+        (0, "VMCLEAR of the current VMCS"),
+        (1, "SEAMRET of leaf0 took the current VMCS"),
+        (2, "no VMCS was ever current"),
+        (2, "exception 6"),
+    ]
 
 
 def test_a_name_that_is_no_query_is_told_with_those_that_are() -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import duckdb
 import msgspec
 import pytest
 from databases import rows, write_run
@@ -106,11 +107,15 @@ def test_missing_files_and_gaps_are_noted(tmp_path: Path) -> None:
     (run_dir / "records" / "cpu1.jsonl").unlink()
     path = run_dir / "records" / "cpu0.jsonl"
     first, _, third = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(first + third)
+    path.write_bytes((first + third) * 2)
     notes = Notes()
     with open_database(run_dir, notes):
         pass
-    assert notes.sentences == ["cpu1 has no record file", "cpu0 lacks records"]
+    assert notes.sentences == [
+        "cpu1 has no record file",
+        "cpu0 lacks records",
+        "cpu0 has records that came twice (2)",
+    ]
 
 
 def test_a_process_that_wrote_nothing_is_no_error(tmp_path: Path) -> None:
@@ -160,6 +165,12 @@ def test_a_query_reaches_no_file(query: str, database: Database, tmp_path: Path)
     assert database.ask("SELECT count(*) FROM stored").rows == [(len(locks().records),)]
 
 
+def test_no_setting_can_be_changed(database: Database) -> None:
+    """Should a statement get past the check that it asks, it finds the settings locked."""
+    with pytest.raises(duckdb.Error, match="locked"):
+        database._connection.execute("SET allowed_paths = ['/tmp']")
+
+
 @pytest.mark.parametrize(
     ("query", "says"),
     [
@@ -179,7 +190,7 @@ def test_a_bad_query_is_one_line(query: str, says: str, database: Database) -> N
     """What is wrong with a query is told in one line."""
     with pytest.raises(QueryError) as caught:
         database.ask(query)
-    assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert says in str(caught.value) and "\n" not in str(caught.value) and "LINE 1" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
