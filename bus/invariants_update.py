@@ -90,7 +90,7 @@ class NoEarlyWork(Invariant):
         if not update.acknowledged(rank - 1):
             self.violated(
                 f"{record['node']} started {record['state']} before all had acknowledged {STAGES[rank - 1]}",
-                ("update", update.begin),
+                ("stage", update.advance or update.begin),
                 ("early", record),
             )
 

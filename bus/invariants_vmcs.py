@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bus.events import NONE
 from bus.invariant import Invariant
-from bus.phrases import hexadecimal
+from bus.phrases import hexadecimal, outcome
 from bus.records import Record
 from bus.shadow import CpuShadow, Shadow
 
@@ -147,12 +147,12 @@ class DataSurvives(Invariant):
     def on_wrong_data(self, record: Record, shadow: Shadow) -> None:
         if is_td(record):
             return
-        known = shadow.v(record["vmcs"])
+        elsewhere = [made for node, made in shadow.v(record["vmcs"]).activated.items() if node != record["node"]]
         self.violated(
             f"vCPU {record['vcpu']} on {record['node']} finds {record['what']} = {hexadecimal(record['got'])}, "
             f"not {hexadecimal(record['expected'])}",
-            ("loaded", known.load),
-            ("took it", known.taken),
+            ("active elsewhere", elsewhere[0] if elsewhere else None),
+            *shadow.cpu(record["node"]).belief(),
             ("failed", record),
         )
 
@@ -171,7 +171,7 @@ class NoVmxErrors(Invariant):
         if record["result"] != "ok":
             cpu = shadow.cpu(record["node"])
             self.violated(
-                f"{record['event'].upper()} on {cpu.node}: {record['result']}",
+                f"{record['event'].upper()} on {cpu.node}: {outcome(record['result'])}",
                 *cpu.belief(),
                 ("failed", record),
             )

@@ -7,14 +7,15 @@ own end, or where something may be stuck, the word is "incomplete"; one violatio
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
+from bus.decode import UNREADABLE
 from bus.events import EVENTS
-from bus.invariant import IF_FAILED, Invariant, dispatch
+from bus.invariant import IF_FAILED, Handler, Invariant, dispatch
 from bus.invariants import INVARIANTS
 from bus.merge import Entry, Notes, merge, merge_entries, read_file
 from bus.records import Record
@@ -139,6 +140,13 @@ def judge_records(records: Iterable[Record]) -> Judgement:
     return judge.conclude(notes)
 
 
+_Plan = tuple[tuple[Handler, ...], Callable[[Record], None] | None, bool]
+"""What is done with an event: who sees it, how the state moves on, and whether it matters only if it failed."""
+
+_NOBODY: tuple[Handler, ...] = ()
+_NOTHING: _Plan = (_NOBODY, None, False)
+
+
 class Judge:
     """Sees one history, record by record in causal order, and concludes.
 
@@ -154,7 +162,7 @@ class Judge:
         self._watch()
         self._strange: dict[str, None] = {}
         self._pids: dict[str, int] = {}
-        self._unheard = EVENTS.keys() - self._handlers.keys() - self._shadow.heeded | {*IF_FAILED}
+        self._unheard = EVENTS.keys() - self._plans.keys() | {*IF_FAILED}
 
     @property
     def violated(self) -> tuple[str, ...]:
@@ -162,8 +170,12 @@ class Judge:
         return tuple(invariant.id for invariant in self._invariants if invariant.count)
 
     def _watch(self) -> None:
-        observers = [*self._invariants, self._exposures, self._cost, self._statistics]
-        self._handlers = dispatch(observers)
+        handlers = dispatch([*self._invariants, self._exposures, self._cost, self._statistics])
+        applies = self._shadow.applies
+        self._plans: dict[str, _Plan] = {
+            event: (handlers.get(event, _NOBODY), applies.get(event), event in IF_FAILED)
+            for event in handlers.keys() | applies.keys()
+        }
 
     def _reset(self) -> None:
         """The machine was switched off and on: what was true of it is over, what was found stays found."""
@@ -184,7 +196,7 @@ class Judge:
                 continue
             try:
                 record = entry.record()
-            except msgspec.DecodeError:
+            except UNREADABLE:
                 notes.add_unreadable(entry.node, 1, torn=False)
             else:
                 self.see(record)
@@ -197,18 +209,20 @@ class Judge:
         if event == "machine_reset":
             self._reset()
         shadow = self._shadow
+        handlers, apply, if_failed = self._plans.get(event, _NOTHING)
         try:
             if self._pids.get(node) != record["pid"]:
                 self._pids[node] = record["pid"]
                 shadow.meet(record)
-            if event in IF_FAILED and record["result"] == "ok":
+            if if_failed and record["result"] == "ok":
                 return
-            for handler in self._handlers.get(event, ()):
+            for handler in handlers:
                 handler(record, shadow)
-            shadow.apply(record)
+            if apply is not None:
+                apply(record)
         except (KeyError, TypeError, AttributeError) as error:
             self._strange[f"{node}: a {event} record is not as the event table says: {error!r}"] = None
-        if event not in EVENTS:
+        if handlers is _NOBODY and event not in EVENTS:
             self._strange[f"{node} wrote an unknown event {event}"] = None
 
     def conclude(self, notes: Notes) -> Judgement:

@@ -8,8 +8,10 @@ fatal.
 
 from __future__ import annotations
 
+import errno
 import heapq
 import os
+import stat
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -20,12 +22,18 @@ from typing import Any
 
 import msgspec
 
+from bus.decode import U63, UNREADABLE, Seq, decode_record
 from bus.records import Record
 
 PIECE_BYTES = 32 * 1024
 PIECE_RECORDS = 1024
 NEVER = 1 << 64
 """A clock that no record has."""
+
+LONGEST_LINE = 1 << 20
+"""Bytes of a line beyond which it is no record."""
+NO_RECORD = b"\0"
+"""What is kept of such a line."""
 
 
 class Notes:
@@ -86,21 +94,20 @@ class Entry(msgspec.Struct, gc=False):
     `clock` is its place in the order: that of the record, or of one before it in the file if that is later.
     """
 
-    clock: int
+    clock: U63
     node: str
-    seq: int
-    pid: int
+    seq: Seq
+    pid: U63
     event: str
     result: Any = ""
     line: bytes = msgspec.field(default=b"", name="(line)")
     given: Record | None = msgspec.field(default=None, name="(given)")
 
     def record(self) -> Record:
-        """The whole record; raises `msgspec.DecodeError`."""
-        return self.given if self.given is not None else _decode(self.line)
+        """The whole record; raises what is `UNREADABLE`."""
+        return self.given if self.given is not None else decode_record(self.event, self.line)
 
 
-_decode = msgspec.json.Decoder(Record).decode
 _entries = msgspec.json.Decoder(Entry)
 _order = attrgetter("clock", "node", "seq")
 _clock = attrgetter("clock")
@@ -147,7 +154,7 @@ def whole_records(entries: Iterable[Entry], notes: Notes) -> Iterator[Record]:
     for entry in entries:
         try:
             yield entry.record()
-        except msgspec.DecodeError:
+        except UNREADABLE:
             notes.add_unreadable(entry.node, 1, torn=False)
 
 
@@ -213,7 +220,7 @@ class _Stream:
 
 def _merge(files: Iterable[Iterator[list[Entry]]], notes: Notes) -> Iterator[Entry]:
     """All entries in order. The stream of which least is known is read on; what comes before all that is not yet known
-    is sorted by clock, at little cost, as it consists of sorted runs.
+    is sorted by clock, at little cost: it consists of sorted runs, which stand in the order of their nodes.
     """
     streams = [_Stream(pieces, notes) for pieces in files]
     for stream in streams:
@@ -226,9 +233,11 @@ def _merge(files: Iterable[Iterator[list[Entry]]], notes: Notes) -> Iterator[Ent
     heapq.heapify(first)
     while first:
         horizon, slowest = known[0]
-        batch: list[Entry] = []
+        due = []
         while first and first[0][0] < horizon:
-            _, number = heapq.heappop(first)
+            due.append(heapq.heappop(first)[1])
+        batch: list[Entry] = []
+        for number in sorted(due):
             batch += streams[number].take(horizon)
             if streams[number].entries:
                 heapq.heappush(first, (streams[number].entries[0].clock, number))
@@ -255,7 +264,7 @@ def _once(batch: list[Entry], notes: Notes) -> Iterator[Entry]:
 
 def _read(path: Path, notes: Notes, piece: int) -> Iterator[list[Entry]]:
     node, pid, unreadable = path.stem, 0, 0
-    for lines in _lines(path, piece):
+    for lines in _lines(path, notes, piece):
         entries = _decode_all(lines)
         if entries is None or unreadable:
             entries = []
@@ -276,31 +285,44 @@ def _read(path: Path, notes: Notes, piece: int) -> Iterator[list[Entry]]:
         notes.add_unreadable(node, unreadable, torn=True)
 
 
-def _lines(path: Path, piece: int) -> Iterator[bytes]:
+def _lines(path: Path, notes: Notes, piece: int) -> Iterator[bytes]:
     """Whole lines, in pieces; at last what follows the last newline."""
     offset = 0
     rest = b""
-    while True:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            data = os.pread(fd, piece, offset)
-        finally:
-            os.close(fd)
-        if not data:
-            break
+    while data := _piece(path, notes, piece, offset):
         offset += len(data)
         whole, newline, rest = (rest + data).rpartition(b"\n")
         if newline:
             yield whole
+        if len(rest) > LONGEST_LINE:
+            rest = NO_RECORD
     if rest:
         yield rest
+
+
+def _piece(path: Path, notes: Notes, size: int, offset: int) -> bytes:
+    """Nothing, and a note, if there is a file that cannot be read; raises `FileNotFoundError` if there is none."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+            return os.pread(fd, size, offset)
+        finally:
+            os.close(fd)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        notes.missing.append(path.stem)
+        notes.add(f"{path.name} cannot be read: {error.strerror}")
+        return b""
 
 
 def _decode_all(lines: bytes) -> list[Entry] | None:
     """An entry for each line; None if one cannot be read."""
     try:
         entries = _entries.decode_lines(lines)
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return None
     each = lines.split(b"\n")
     if len(entries) != len(each):
@@ -313,7 +335,7 @@ def _decode_all(lines: bytes) -> list[Entry] | None:
 def _decode_one(line: bytes) -> Entry | None:
     try:
         entry = _entries.decode(line)
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return None
     entry.line = line
     return entry

@@ -100,9 +100,9 @@ class Trace:
         for lock in sorted({hold.lock for hold in picture.holds}):
             self._slices(MACHINE, lock, _holders(hold for hold in picture.holds if hold.lock == lock))
         for mark in picture.marks:
-            self._emit("i", mark.node, STATE, mark.ts, name=mark.text, cat=mark.kind.name.lower(), s="t")
+            self._tell("i", mark.node, STATE, mark.ts, name=mark.text, cat=mark.kind.name.lower(), s="t")
         for depth in picture.depths:
-            self._emit("C", SEAMLDR, STATE, depth.ts, name=f"wait for {depth.lock}", args={"waiting": depth.waiting})
+            self._tell("C", SEAMLDR, STATE, depth.ts, name=f"wait for {depth.lock}", args={"waiting": depth.waiting})
         self._arrows(picture)
         self._names(list(picture.lanes))
         told = {"flows": self.flows, "flows_left_out": self.flows_left_out}
@@ -124,24 +124,24 @@ class Trace:
         while kept < min(len(stack), len(wanted)) and stack[kept].same(wanted[kept]):
             kept += 1
         for _ in stack[kept:]:
-            self._emit("E", node, WORK, ts)
+            self._tell("E", node, WORK, ts)
         for slice in wanted[kept:]:
-            self._emit("B", node, WORK, ts, name=slice.name, args={"record": line(slice.activity.record)})
+            self._tell("B", node, WORK, ts, name=slice.name, args={"record": line(slice.activity.record)})
         stack[kept:] = wanted[kept:]
 
     def _slices(self, node: str, thread: str, intervals: Iterable[Interval]) -> None:
         for interval in intervals:
             name = interval.what if node == MACHINE else NAMES[interval.state]
-            self._emit("B", node, thread, interval.begin, name=name, args={"what": interval.what})
-            self._emit("E", node, thread, interval.end)
+            self._tell("B", node, thread, interval.begin, name=name, args={"what": interval.what})
+            self._tell("E", node, thread, interval.end)
 
     def _arrows(self, picture: Picture) -> None:
         shown, rest = picture.arrows[:FLOWS], picture.arrows[FLOWS:]
         self.flows, self.flows_left_out = len(shown), len(rest)
         for id, arrow in enumerate(shown, 1):
             common = {"name": arrow.text, "cat": arrow.kind, "id": id}
-            self._emit("s", arrow.source, STATE, arrow.sent, **common)
-            self._emit("f", arrow.target, STATE, arrow.taken, bp="e", **common)
+            self._tell("s", arrow.source, STATE, arrow.sent, **common)
+            self._tell("f", arrow.target, STATE, arrow.taken, bp="e", **common)
 
     def _names(self, nodes: list[str]) -> None:
         order = {MACHINE: 0} | {node: number for number, node in enumerate(nodes, 1)}
@@ -153,7 +153,7 @@ class Trace:
             pid = self._pids[node]
             self._put({"ph": "M", "pid": pid, "tid": tid, "name": "thread_name", "args": {"name": thread}})
 
-    def _emit(self, ph: str, node: str, thread: str, ts: int, **fields: Any) -> None:
+    def _tell(self, ph: str, node: str, thread: str, ts: int, **fields: Any) -> None:
         pid = self._pids.setdefault(node, len(self._pids) + 1)
         tid = self._tids.setdefault((node, thread), len(self._tids) + 1)
         self._put({"ph": ph, "pid": pid, "tid": tid, "ts": (ts - (self._begin or 0)) / 1000, **fields})

@@ -187,7 +187,7 @@ def _last(tail: bytes) -> tuple[int, int]:
         try:
             record = msgspec.json.decode(line, type=Record)
             return int(record["seq"]), int(record["clock"])
-        except (msgspec.DecodeError, KeyError):
+        except (msgspec.DecodeError, UnicodeDecodeError, KeyError):
             continue
     return 0, 0
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -204,14 +204,10 @@ class Shadow:
         """The workload has ended: what follows is the machine being taken down."""
         self.finished: bool | None = None
         self.why_ended = ""
-        self._apply: dict[str, Callable[[Record], None]] = {
+        self.applies: dict[str, Callable[[Record], None]] = {
             name[4:]: getattr(self, name) for name in dir(self) if name.startswith("_on_")
         }
-
-    @property
-    def heeded(self) -> Set[str]:
-        """Events that change the state."""
-        return self._apply.keys()
+        """What moves the state past a record, by event."""
 
     def open_update(self) -> UpdateShadow | None:
         """The update that has begun and not ended."""
@@ -229,7 +225,7 @@ class Shadow:
 
     def apply(self, record: Record) -> None:
         """Move on past the record."""
-        handler = self._apply.get(record["event"])
+        handler = self.applies.get(record["event"])
         if handler is not None:
             handler(record)
 

@@ -117,11 +117,11 @@ function describe(row, t) {
 /* Marks and ends of arrows within a few pixels. */
 function near(row, t) {
   const reach = NEAR / width * (view.to - view.from), lines = [];
-  for (const [at, time, kind, text] of data.marks) {
-    if (at === row && Math.abs(time - t) <= reach) lines.push(`${data.kinds[kind]} at ${ms(time)}: ${data.strings[text]}`);
-  }
   for (const [at, time, story] of data.told) {
     if (at === row && Math.abs(time - t) <= reach) lines.push(`story of ${data.stories[story]}`);
+  }
+  for (const [at, time, kind, text] of data.marks) {
+    if (at === row && Math.abs(time - t) <= reach) lines.push(`${data.kinds[kind]} at ${ms(time)}: ${data.strings[text]}`);
   }
   for (const i of drawn) {
     const { source, sent, target, taken, text } = arrows;

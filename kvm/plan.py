@@ -258,9 +258,8 @@ def random_plan(
     rng = random.Random(seed)
     tds = rng.choice((0, 0, 1, 2))
     faults = tuple(_random_fault(rng, cpus, tds) for _ in range(rng.randint(1, 4)))
-    settings = knobs or {}
-    if any(fault.do == "offline" for fault in faults):
-        settings = {"offline_irqs": "off"} | settings
+    settings: dict[str, str | int] = {"offline_irqs": "off"} if any(fault.do == "offline" for fault in faults) else {}
+    settings.update(knobs or {})
     return Plan(
         seed=seed, cpus=cpus, vcpus=2 * cpus, tds=tds, updates=rng.randint(1, 3), strategy=strategy,
         knobs=settings, fault=faults,

@@ -25,7 +25,7 @@ from kvm.machine import Machine
 from kvm.observer import MachineObserver, Seen
 from kvm.watch_view import Heading, draw, line_of
 
-PERIOD_S = 0.2
+PERIOD_S = 0.25
 LINE_PERIOD_S = 1.0
 SHARE = 0.02
 EVENTS = 40

@@ -188,6 +188,31 @@ def test_a_run_directory_is_judged_like_its_records(tmp_path: Path) -> None:
     assert from_files == from_list and from_files["verdict"] == "unsafe"
 
 
+def history(reads: int) -> Run:
+    """A call, and then VMREADs that succeed."""
+    run = call(Run().online("cpu0").cpu(0).load(V).enter(V, "vmlaunch").put(V)).cpu(0).load(V)
+    for _ in range(reads):
+        run.vmread("ok", V)
+    return run.enter(V).put(V).finish()
+
+
+def test_reads_that_succeed_change_nothing_but_the_count(tmp_path: Path) -> None:
+    """A traced run, from files and from a list, gets the judgement of the same run untraced."""
+    plain, traced = history(0).judge(), history(5).judge()
+    from_files = judge(save(history(5), tmp_path))
+    assert traced.statistics.records == from_files.statistics.records == plain.statistics.records + 5
+    assert {plain.verdict, traced.verdict, from_files.verdict} == {"safe"}
+    assert plain.exposures.as_dict() == traced.exposures.as_dict() == from_files.exposures.as_dict()
+
+
+def test_what_a_process_writes_first_is_never_passed_over(tmp_path: Path) -> None:
+    """A new process is noticed by its first record, also if that is one that nobody looks at."""
+    run = Run().online("cpu0").cpu(0).load(V).enter(V, "vmlaunch").put(V).exit("cpu0", wanted=False, status=-9)
+    run.online("cpu0", 2).cpu(0).new_process().vmread("ok", V).cpu(1).load(V).finish()
+    assert "I1" not in run.violated()
+    assert [one.invariant for one in judge(save(run, tmp_path)).violations] == [*run.violated()]
+
+
 def test_a_cpu_without_records_makes_the_run_incomplete(tmp_path: Path) -> None:
     """A process that said hello and has no file is missed."""
     run = call(Run().online("cpu0").online("cpu1").cpu(0).load(V).put(V)).finish()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from itertools import pairwise
 
 from history import INFO, Run
 from synthetic import Synthetic
 
-from bus.lanes import Interval, Lanes, State
+from bus.lanes import Interval, Lanes, State, cut
 from bus.records import Record
 
 A = 0x1000
@@ -111,6 +112,12 @@ def test_a_stop_is_cut_into_the_lane_by_time() -> None:
     assert lanes_of(lagging)["cpu0"] == lanes_of(run.records)["cpu0"]
 
 
+def test_a_stop_that_is_not_undone_lasts_until_the_end() -> None:
+    """A CPU that is stopped when the history ends is stopped until then."""
+    run = fault(Run().cpu(0).load(A).enter(A), "stop", "cpu0").later(1).finish()
+    assert states(run, "cpu0")[-2:] == [("GUEST", "vcpu0", 1), ("SIGSTOPPED", "", 1001)]
+
+
 def test_a_cpu_is_dead_until_its_successor_writes() -> None:
     """A process that was not asked to go leaves a dead lane; so does a stopped one that is killed."""
     run = Run().cpu(0).load(A).enter(A).later(1)
@@ -131,6 +138,41 @@ def test_intervals_are_in_order_and_do_not_overlap() -> None:
     for intervals in lanes_of(list(Synthetic(8).records(4000))).values():
         assert all(one.begin <= one.end <= other.begin for one, other in pairwise(intervals))
         assert all(one.end == other.begin for one, other in pairwise(intervals)), "there is a gap"
+
+
+def some(rng: random.Random, state: State, gap: int) -> list[Interval]:
+    """A few intervals in order, with gaps of at most `gap` before each."""
+    found, now = [], 0
+    for number in range(rng.randrange(5)):
+        begin = now + rng.randint(0, gap)
+        now = begin + rng.randint(1, 6)
+        found.append(Interval(begin, now, state, str(number)))
+    return found
+
+
+def test_cutting_shows_at_each_moment_what_is_on_top() -> None:
+    """At every moment the one on top is shown, else the one below, else nothing."""
+    rng = random.Random(1)
+    for _ in range(500):
+        below, above = some(rng, State.GUEST, 2), some(rng, State.DEAD, 5)
+        shown = list(cut(below, above))
+        assert all(one.end <= other.begin for one, other in pairwise(shown))
+        for moment in range(45):
+            (found,) = at(moment, shown) or [None]
+            assert found == next(iter(at(moment, above) + at(moment, below)), None)
+
+
+def at(moment: int, intervals: list[Interval]) -> list[tuple[State, str]]:
+    """What is shown just after a moment."""
+    return [(i.state, i.what) for i in intervals if i.begin <= moment < i.end]
+
+
+def test_a_service_is_there_from_the_first_sign_of_it() -> None:
+    """Its first record may have an earlier `ts` than the launcher's word that it is online, whichever comes first."""
+    run = Run().online("seamldr").later(1).node("seamldr").queue(0, 1).finish()
+    online, queue = run.records[1:3]
+    online["ts"], queue["ts"] = queue["ts"], online["ts"]
+    assert [(i.begin, i.end) for i in lanes_of(run.records)["seamldr"]] == [(queue["ts"], run.records[-1]["ts"])]
 
 
 def test_other_processes_just_run() -> None:

@@ -29,6 +29,14 @@ def test_an_ipi_is_an_arrow_from_when_it_left() -> None:
     assert (arrow.sent, arrow.taken) == (2 * MS - 400_000, 3 * MS)
 
 
+def test_no_arrow_goes_back_in_time() -> None:
+    """Where the clocks of two processes say that a message came before it left, it came when it left."""
+    run = Run().cpu(0).ipi_send(1, 7).cpu(1).ipi_deliver(0, 7)
+    run.records[2]["ts"] = run.records[1]["ts"] - 5
+    (arrow,) = picture(run).arrows
+    assert arrow.taken == arrow.sent == 2 * MS
+
+
 def test_messages_that_did_not_arrive_have_no_arrow() -> None:
     """Neither a lost IPI nor a delivery without a sender is drawn."""
     assert picture(Run().cpu(0).ipi_send(1, 7).cpu(1).ipi_deliver(0, 8)).arrows == []
@@ -48,8 +56,8 @@ def test_a_grant_goes_from_the_service_to_the_holder() -> None:
 
 def test_a_grant_to_a_dead_cpu_ends_when_it_is_withdrawn() -> None:
     """A withdrawal ends the hold of that CPU and of no other; what is held at the end is held until then."""
-    run = Run().node("seamldr").queue(0, 1).grant(0, 1, 1).withdraw(0, 1).queue(1, 1).grant(1, 1, 2).later(1).finish()
-    assert [(h.node, (h.end - h.begin) // MS) for h in picture(run).holds] == [("cpu0", 1), ("cpu1", 1001)]
+    run = Run().node("seamldr").grant(1, 1, 1).grant(0, 1, 2).withdraw(0, 1).later(1).finish()
+    assert [(h.node, (h.end - h.begin) // MS) for h in picture(run).holds] == [("cpu1", 1003), ("cpu0", 1)]
 
 
 def test_a_stale_release_ends_nothing() -> None:
@@ -81,6 +89,12 @@ def test_marks_are_on_the_lane_that_they_are_about() -> None:
         ("cpu0", MarkKind.WARNING),
     ]
     assert marks[3].text == "VMREAD EXIT_REASON: VMfailInvalid"
+
+
+def test_who_dies_in_seam_is_marked() -> None:
+    """What the SEAM side says of a CPU is marked on that CPU."""
+    run = Run().node("seamldr").write("seam_dead", by=1, why="cpu1 died inside")
+    assert [mark.node for mark in picture(run).marks] == ["cpu1"]
 
 
 def test_lanes_are_in_the_order_of_a_reader() -> None:

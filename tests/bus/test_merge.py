@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import msgspec
@@ -13,7 +15,7 @@ from bus.merge import Notes, merge, merge_run, read_file
 
 def record(node: str, seq: int, clock: int, pid: int = 1, **fields: Any) -> dict[str, Any]:
     """A record that is whole."""
-    return {"ts": 0, "clock": clock, "node": node, "pid": pid, "seq": seq, "event": "cpu_online", **fields}
+    return {"ts": 0, "clock": clock, "node": node, "pid": pid, "seq": seq, "event": "log", **fields}
 
 
 def write(folder: Path, node: str, *items: dict[str, Any] | bytes) -> Path:
@@ -112,6 +114,63 @@ def test_files_are_read_in_pieces_of_any_size(tmp_path: Path, piece: int) -> Non
     path = write(tmp_path, "cpu0", *records)
     notes = Notes()
     assert list(read_file(path, notes, piece)) == records and notes.sentences == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_merge_is_one_sort(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However dense, long and cut into pieces the files are, the history is that of one sort; nothing is noted."""
+    random, everything = Random(seed), []
+    monkeypatch.setattr("bus.merge.PIECE_BYTES", random.choice((100, 700, 5000)))
+    for number in range(random.choice((1, 3, 30))):
+        node, clock, step = f"cpu{number}", 0, random.choice((1, 3, 200))
+        rows = []
+        for seq in range(1, random.choice((2, 40, 400))):
+            clock += random.randint(1, step)
+            rows.append(record(node, seq, clock))
+        write(tmp_path / "records", node, *rows)
+        everything += [(one["clock"], node, one["seq"]) for one in rows]
+    notes = Notes()
+    assert order(tmp_path, notes) == sorted(everything) and notes.sentences == []
+
+
+def test_only_pieces_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first record comes out, one piece of each file has been read, not more."""
+    monkeypatch.setattr("bus.merge.PIECE_BYTES", 200)
+    read: list[int] = []
+    real = os.pread
+    monkeypatch.setattr("bus.merge.os.pread", lambda fd, size, at: read.append(at) or real(fd, size, at))
+    for node in ("cpu0", "cpu1"):
+        write(tmp_path / "records", node, *(record(node, seq, seq) for seq in range(1, 200)))
+    history = merge_run(tmp_path, Notes())
+    next(history)
+    assert read == [0, 0]
+    assert len(list(history)) == 2 * 199 - 1 and len(read) > 100
+
+
+def test_a_line_that_is_only_half_readable_is_noted(tmp_path: Path) -> None:
+    """A line whose common fields can be read, but whose rest is damaged, is skipped when it is wanted whole."""
+    damaged = msgspec.json.encode(record("cpu0", 2, 2, text="abc")).replace(b"abc", b"a\xffc")
+    write(tmp_path / "records", "cpu0", record("cpu0", 1, 1), damaged, record("cpu0", 3, 3))
+    notes = Notes()
+    assert order(tmp_path, notes) == [(1, "cpu0", 1), (3, "cpu0", 3)]
+    assert notes.sentences == ["cpu0 has unreadable lines"] and notes.incomplete
+
+
+@pytest.mark.parametrize("field", ["ts", "clock", "seq", "pid", "node", "event"])
+def test_a_common_field_of_another_type_is_unreadable(tmp_path: Path, field: str) -> None:
+    """A common field that is no number, or no text, makes the line unreadable."""
+    strange = record("cpu0", 2, 2) | {field: [1]}
+    write(tmp_path / "records", "cpu0", record("cpu0", 1, 1), strange, record("cpu0", 3, 3))
+    notes = Notes()
+    assert order(tmp_path, notes) == [(1, "cpu0", 1), (3, "cpu0", 3)]
+    assert notes.bad == {"cpu0": 1}
+
+
+def test_a_whole_last_line_without_its_newline_counts(tmp_path: Path) -> None:
+    """What is whole is a record; only what is cut off is torn."""
+    write(tmp_path / "records", "cpu0", record("cpu0", 1, 1), msgspec.json.encode(record("cpu0", 2, 2)))
+    notes = Notes()
+    assert order(tmp_path, notes) == [(1, "cpu0", 1), (2, "cpu0", 2)] and notes.sentences == []
 
 
 def test_an_empty_file_is_a_file(tmp_path: Path) -> None:

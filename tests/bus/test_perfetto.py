@@ -88,10 +88,13 @@ def test_what_ends_under_others_ends_them_and_they_go_on() -> None:
     ]
 
 
-def test_the_work_of_a_dead_cpu_ends_with_it() -> None:
+@pytest.mark.parametrize("replugged", [True, False])
+def test_the_work_of_a_dead_cpu_ends_with_it(replugged: bool) -> None:
     """Open slices end when the launcher saw the process gone, also if another process takes its place."""
     run = Run().cpu(0).load(A).enter(A).exit("cpu0", wanted=False, status=-9).later(1)
-    run.cpu(0, "up").new_process().write("cpu_online").finish()
+    if replugged:
+        run.cpu(0, "up").new_process().write("cpu_online")
+    run.finish()
     found = slices(trace_of(run.records)["traceEvents"])
     death = next(record["ts"] for record in run.records if record["event"] == "process_exit")
     assert [(end, name) for _, end, _, name in found["cpu0 work"]] == [

@@ -95,7 +95,7 @@ def test_lines_survive_sigkill(tmp_path: Path) -> None:
     assert [record["seq"] for record in lines(path)] == list(range(1, 201))
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"ts":5,"clock":9', b'{"ts":5}'])
+@pytest.mark.parametrize("torn", [b"", b'{"ts":5,"clock":9', b'{"ts":5}', b'{"text":"\xff"}'])
 def test_a_restarted_process_goes_on(tmp_path: Path, torn: bytes) -> None:
     """A second writer of a file takes sequence and clock from its last whole line, and ends a torn one."""
     path = tmp_path / "x.jsonl"

@@ -1,0 +1,61 @@
+"""Records as they are read back: what they have of the event table's fields has the type that it should. A pure core.
+
+Whoever looks at records may so rely on the common fields, and on types, whoever wrote the file. Fields that the table
+does not name are left out; of an event that it does not know nothing is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Annotated, Any, NotRequired, TypedDict
+
+import msgspec
+from msgspec import Meta
+
+from bus.columns import event_columns
+from bus.events import EVENTS
+from bus.records import Record
+
+UNREADABLE = (ValueError, RecursionError)
+"""What decoding a line may raise: no JSON, no UTF-8, nested too deeply, not as the event table says."""
+
+I64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+U63 = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Seq = Annotated[int, Meta(ge=1, le=2**63 - 1)]
+
+_TYPES: dict[str, Any] = {
+    "BIGINT": I64,
+    "UBIGINT": Annotated[int, Meta(ge=0)],
+    "BOOLEAN": bool | I64,
+    "DOUBLE": float,
+    "VARCHAR": str,
+    "JSON": dict[str, Any] | list[Any],
+}
+_COMMON: dict[str, Any] = {
+    "ts": U63,
+    "clock": U63,
+    "node": str,
+    "pid": U63,
+    "seq": Seq,
+    "event": str,
+    "ctx": NotRequired[str],
+    "irqs": NotRequired[bool | I64],
+}
+_EXCEPTIONS = {("ipi_send", "id"): str | int, ("ipi_deliver", "id"): str | int}
+"""In machines that are stepped in one process a message is a number."""
+
+
+def decode_record(event: str, line: bytes) -> Record:
+    """The record in a line, which is of this event; raises what is UNREADABLE."""
+    return _decoder(event)(line)
+
+
+@cache
+def _decoder(event: str) -> Callable[[bytes], Record]:
+    if event not in EVENTS:
+        return msgspec.json.Decoder(Record).decode
+    columns = event_columns(event)
+    fields = {name: NotRequired[_EXCEPTIONS.get((event, name), _TYPES[kind])] for name, kind in columns.items()}
+    shape: Any = TypedDict("shape", _COMMON | fields)  # type: ignore[misc]
+    return msgspec.json.Decoder[Record](shape).decode
