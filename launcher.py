@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from bus.plain import plain
 from bus.report import console_for, print_comparison, print_run, print_stories
 from bus.report_why import print_why, why_as_dict
-from bus.snapshot import RunError, look
+from bus.snapshot import RunError, look, making_sense
 from kvm.again import PLAN
 from kvm.analyze_command import ANALYZE_ERRORS, add_analyze_arguments, add_report_arguments, write_reports
 from kvm.chaos import Strike, plan_of, run_chaos
@@ -82,7 +83,7 @@ def entry() -> NoReturn:
 
 
 def _say(message: str, status: int) -> int:
-    print(f"seamlab: {message}", file=sys.stderr)
+    print(f"seamlab: {plain(message)}", file=sys.stderr)
     return status
 
 
@@ -309,7 +310,8 @@ def _print_comparison(console: Console, summaries: dict[str, Summary]) -> None:
 
 def why_command(arguments: argparse.Namespace) -> int:
     """Say what each process of a machine waits for."""
-    why = look(Path(arguments.run))
+    with making_sense(Path(arguments.run)):
+        why = look(Path(arguments.run))
     answer = why_as_dict(why, str(Path(arguments.run).resolve()))
     _show(arguments, answer, lambda console: print_why(console, why))
     return SAFE

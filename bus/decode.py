@@ -1,7 +1,7 @@
 """Records as they are read back: what they have of the event table's fields has the type that it should. A pure core.
 
 Whoever looks at records may so rely on the common fields, and on types, whoever wrote the file. Fields that the table
-does not name are left out; of an event that it does not know nothing is checked.
+does not name are left out; of an event that it does not know only the common fields are left.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from bus.columns import event_columns
 from bus.events import EVENTS
+from bus.plain import plain
 from bus.records import Record
 
 UNREADABLE = (ValueError, RecursionError)
@@ -47,15 +48,24 @@ _EXCEPTIONS = {("ipi_send", "id"): str | int, ("ipi_deliver", "id"): str | int}
 
 
 def decode_record(event: str, line: bytes) -> Record:
-    """The record in a line, which is of this event; raises what is UNREADABLE."""
-    return _decoder(event)(line)
+    """The record in a line, which is of this event; raises what is UNREADABLE. Its texts are fit for a terminal."""
+    record = _decoder(event)(line)
+    if b"\\u00" in line or b"\xc2" in line or b"\x7f" in line:
+        return {name: _plain(value) for name, value in record.items()}
+    return record
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        return plain(value)
+    if isinstance(value, dict):
+        return {plain(name): _plain(one) for name, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list) else value
 
 
 @cache
 def _decoder(event: str) -> Callable[[bytes], Record]:
-    if event not in EVENTS:
-        return msgspec.json.Decoder(Record).decode
-    columns = event_columns(event)
+    columns = event_columns(event) if event in EVENTS else {}
     fields = {name: NotRequired[_EXCEPTIONS.get((event, name), _TYPES[kind])] for name, kind in columns.items()}
     shape: Any = TypedDict("shape", _COMMON | fields)  # type: ignore[misc]
     return msgspec.json.Decoder[Record](shape).decode

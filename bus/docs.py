@@ -31,6 +31,11 @@ Read one CPU's life, or one question across all of them:
 
 To see one order of everything, sort by `clock`, then by `node` and `seq`: Lamport time never puts an effect before its
 cause, because messages and shared words both carry it.
+
+As the kernel's tracer prints events, in the order of the monotonic clock, with irq flags and what the kernel would have
+logged (`console:`), for whatever reads such files:
+
+    seamlab analyze RUN --ftrace run.txt
 """
 
 EVENTS_HEAD = """## Events

@@ -30,12 +30,14 @@ class ActiveOnOneCpu(Invariant):
         known = shadow.vmcs.get(record["vmcs"])
         others = known.active - {record["node"]} if known is not None else None
         if known is not None and others:
-            other, taken = min(others), known.taken
+            other = min(others)
+            active = known.activated.get(other)
+            restoring = next((one for one in (active, record) if one is not None and one["reason"] == "restore"), None)
             self.violated(
                 f"VMCS {hexadecimal(record['vmcs'])} became active on {record['node']} while active on {other}",
-                ("taken from", taken if taken is not None and taken["node"] == record["node"] else None),
-                ("active", known.activated.get(other)),
-                ("load", known.load),
+                ("saved", shadow.cpu(restoring["node"]).saved if restoring is not None else None),
+                ("cleared", known.taken if restoring is not None else None),
+                ("active", active),
                 ("failed", record),
             )
 

@@ -20,6 +20,7 @@ from bus.invariants import INVARIANTS
 from bus.merge import Entry, Notes, merge, merge_entries, read_file
 from bus.records import Record
 from bus.shadow import Shadow, is_set
+from bus.spec import LAUNCHER
 from bus.statistics import Cost, Exposures, Statistics
 from bus.story import Story
 from bus.waits import Ending, Wait
@@ -113,12 +114,12 @@ def judge(run_dir: str | Path) -> Judgement:
     notes = Notes()
     launcher = Path(run_dir) / "records" / "launcher.jsonl"
     machine: Record = {}
-    expected = ["launcher"]
+    expected = [LAUNCHER]
     if launcher.exists():
         for record in read_file(launcher, Notes()):
             if record["event"] == "machine_begin":
                 machine = record
-            elif record["event"] == "process_online" and record["name"] not in expected:
+            elif record["event"] == "process_online" and record.get("name", LAUNCHER) not in expected:
                 expected.append(record["name"])
     judge = Judge(machine)
     judge.read(merge_entries(run_dir, notes, expected), notes)

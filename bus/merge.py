@@ -23,6 +23,7 @@ from typing import Any
 import msgspec
 
 from bus.decode import U63, UNREADABLE, Seq, decode_record
+from bus.plain import plain
 from bus.records import Record
 
 PIECE_BYTES = 32 * 1024
@@ -54,7 +55,7 @@ class Notes:
 
     def add(self, sentence: str) -> None:
         """Say something, once."""
-        self._said[sentence] = None
+        self._said[plain(sentence)] = None
 
     def add_unreadable(self, node: str, lines: int, torn: bool) -> None:
         """Count unreadable lines in a row, the last of which may be torn."""
@@ -80,7 +81,7 @@ class Notes:
             (self.torn, "ends in a torn line, which is skipped"),
         ]
         found = [
-            f"{node} {what}" + (f" ({count})" if count > 1 else "")
+            f"{plain(node)} {what}" + (f" ({count})" if count > 1 else "")
             for counter, what in counted
             if counter
             for node, count in sorted(counter.items())
@@ -130,6 +131,20 @@ def merge_entries(run_dir: str | Path, notes: Notes, expected: Iterable[str] = (
     present = {path.stem for path in paths}
     notes.missing += [node for node in expected if node not in present]
     return _merge([_read(path, notes, PIECE_BYTES) for path in paths], notes)
+
+
+def merge_by_time(run_dir: str | Path, notes: Notes) -> Iterator[Record]:
+    """As `merge_run`, in the order of the monotonic clock, which all processes of a machine read on one computer."""
+    paths = sorted((Path(run_dir) / "records").glob("*.jsonl"))
+    return whole_records(_merge([_timed(_read(path, notes, PIECE_BYTES), notes) for path in paths], notes), notes)
+
+
+def _timed(pieces: Iterable[list[Entry]], notes: Notes) -> Iterator[list[Entry]]:
+    for piece in pieces:
+        yield [
+            Entry(record["ts"], record["node"], record["seq"], record["pid"], record["event"], given=record)
+            for record in whole_records(piece, notes)
+        ]
 
 
 def merge(files: Iterable[Iterable[Record]], notes: Notes) -> Iterator[Record]:
@@ -182,7 +197,7 @@ class _Stream:
 
     def read_on(self) -> None:
         """Read the next piece."""
-        for piece in self._pieces:
+        for piece in filter(None, self._pieces):
             entries = self._in_order(piece)
             if entries:
                 self.entries += entries

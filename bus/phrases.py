@@ -7,8 +7,8 @@ from typing import Any
 
 from bus.events import NONE
 from bus.records import COMMON_FIELDS, CPU_FIELDS, Record
+from bus.shadow_parts import P_SEAMLDR
 
-P_SEAMLDR = 1 << 63
 _EXCEPTIONS = {6: "#UD", 13: "#GP", 14: "#PF"}
 _ERRORS = {
     4: "VMLAUNCH with non-clear VMCS",

@@ -26,6 +26,15 @@ class RunError(ValueError):
     """There is no run to look at; the message is one line for the user."""
 
 
+@contextlib.contextmanager
+def making_sense(run_dir: Path) -> Iterator[None]:
+    """Turn what a record without its fields leads to, in the block, into a `RunError`."""
+    try:
+        yield
+    except (KeyError, OverflowError) as error:
+        raise RunError(f"{run_dir} has records that make no sense: {error!r}") from error
+
+
 def look(run_dir: Path) -> Why:
     """What the processes of the machine wait for, now or when it ended; raises `RunError`."""
     now = monotonic_ns()

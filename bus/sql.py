@@ -140,7 +140,7 @@ def _note_oddities(connection: DuckDBPyConnection, paths: list[Path], notes: Not
         if last > records:
             notes.gaps[node] += last - records
     online = "SELECT DISTINCT fields->>'name' FROM stored WHERE event = 'process_online' ORDER BY 1"
-    expected = [LAUNCHER, *(name for (name,) in connection.execute(online).fetchall() if name != LAUNCHER)]
+    expected = [LAUNCHER, *(name for (name,) in connection.execute(online).fetchall() if name not in (None, LAUNCHER))]
     present = {path.stem for path in paths}
     notes.missing += [node for node in expected if node not in present]
 

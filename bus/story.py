@@ -15,7 +15,7 @@ from bus.ladder import ladder
 from bus.phrases import hexadecimal
 from bus.records import COMMON_FIELDS, CPU_FIELDS, Record
 
-_HEX = frozenset(
+HEXADECIMAL = frozenset(
     ("vmcs", "cur", "lost", "old", "new", "want", "value", "field", "leaf", "status", "csd", "pa", "expected", "got")
 )
 _KEYS = {
@@ -82,4 +82,4 @@ def text(record: Record) -> str:
 
 
 def _fields(record: Record, keys: Iterable[str]) -> list[str]:
-    return [f"{key}={hexadecimal(record[key]) if key in _HEX else record[key]}" for key in keys if key in record]
+    return [f"{key}={hexadecimal(record[key]) if key in HEXADECIMAL else record[key]}" for key in keys if key in record]

@@ -12,14 +12,15 @@ from typing import Any
 import msgspec
 
 from bus.differences import Side, differences
+from bus.ftrace import ftrace
 from bus.judge import Judgement, judge
 from bus.junit import junit_xml
 from bus.markdown import comparison_markdown, run_markdown
-from bus.merge import Notes
+from bus.merge import Notes, merge_by_time
 from bus.queries import UnknownQuery
 from bus.report import console_for, print_invariants, print_run
 from bus.report_differences import differences_as_dict, print_differences
-from bus.snapshot import RunError
+from bus.snapshot import RunError, making_sense
 from bus.sql import QueryError, open_database
 from kvm.pictures_command import draw_html, draw_perfetto, draw_shiviz
 from kvm.sql_command import add_sql_arguments, ask, list_queries
@@ -64,10 +65,18 @@ def _shiviz(analyzed: Analyzed, path: Path) -> None:
     draw_shiviz(analyzed.run_dir, analyzed.summary, path)
 
 
+def _ftrace(analyzed: Analyzed, path: Path) -> None:
+    records = merge_by_time(analyzed.run_dir, Notes())
+    cpus = int(analyzed.summary["cpus"] or 0)
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(ftrace(records, analyzed.judgement.statistics.records, cpus))
+
+
 OUTPUTS: dict[str, Output] = {
     "html": Output("write one page, to be opened in a browser: verdicts, stories and a timeline", _html),
     "perfetto": Output("write a trace for the Perfetto UI", _perfetto),
     "shiviz": Output("write a log for ShiViz, with vector clocks", _shiviz),
+    "ftrace": Output("write the records as the kernel's tracer prints events, with lines of the kernel log", _ftrace),
     "junit": Output("write JUnit XML: a test case an invariant", _junit),
     "markdown": Output("write a summary in Markdown, for a pull request", _markdown),
 }
@@ -96,11 +105,12 @@ def analyze_command(arguments: argparse.Namespace) -> int:
     directories = [_directory(given) for given in arguments.runs]
     if arguments.sql is None and (arguments.format or arguments.out):
         raise RunError("--format and --out are for the answer of --sql")
-    if len(directories) == 2:
-        return _compare(arguments, *directories)
-    if arguments.sql is None:
-        return _judge(arguments, *directories)
-    return _ask(arguments, *directories)
+    with making_sense(directories[-1]):
+        if len(directories) == 2:
+            return _compare(arguments, *directories)
+        if arguments.sql is None:
+            return _judge(arguments, *directories)
+        return _ask(arguments, *directories)
 
 
 def _directory(given: str) -> Path:

@@ -6,7 +6,7 @@ from the records.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 
 import msgspec
 
@@ -21,6 +21,8 @@ from seamldr.update import ModuleUpdateState, version_text
 
 WINDOW_NS = 1_000_000_000
 """Rates and shares are those of about the last second."""
+MAX_SHARES = 128
+"""No terminal has room for more rows, and they are the dearest part of a look."""
 
 
 class Counts(msgspec.Struct, frozen=True):
@@ -37,7 +39,7 @@ class Counts(msgspec.Struct, frozen=True):
 
 class CpuSeen(msgspec.Struct, frozen=True):
     """One CPU: what it does, on what, since how many ns; its errors, tasks and exits a second; `shares` of the last
-    second in each of `SPENT_IN`, empty if it does not work.
+    second in each of `SPENT_IN`, empty if it does not work, or in a machine of more than `MAX_SHARES` CPUs.
     """
 
     number: int
@@ -92,9 +94,9 @@ class Seen(msgspec.Struct, frozen=True):
     module: str
     """Version of the TDX module, empty while none is initialized."""
 
-    def number_of(self, doing: Doing) -> int:
-        """How many CPUs do this."""
-        return sum(cpu.doing is doing for cpu in self.cpus)
+    def states(self) -> Counter[Doing]:
+        """How many CPUs do what."""
+        return Counter(cpu.doing for cpu in self.cpus)
 
 
 class _Look(msgspec.Struct, frozen=True):
@@ -159,7 +161,7 @@ class MachineObserver:
     ) -> list[CpuSeen]:
         waiting = {cpu: f"{lock.name}, {_place(at)}" for lock in locks for at, cpu in enumerate(lock.waiting, 1)}
         seconds = max(1, look.now_ns - before.now_ns) / 1e9
-        read, seen = self._memory.read64, []
+        read, seen, few = self._memory.read64, [], len(self._areas) <= MAX_SHARES
         for number, (area, old, row) in enumerate(zip(self._areas, before.rows, look.rows, strict=True)):
             doing = row.doing
             if read(area.dead):
@@ -178,7 +180,7 @@ class MachineObserver:
                     calls=row.calls,
                     errors=row.errors,
                     tasks=read(area.nr_tasks),
-                    shares=_shares(old, row, before.now_ns, look.now_ns) if doing is row.doing else (),
+                    shares=_shares(old, row, before.now_ns, look.now_ns) if few and doing is row.doing else (),
                 )
             )
         return seen

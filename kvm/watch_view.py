@@ -88,7 +88,8 @@ def draw(seen: Seen, heading: Heading, events: Sequence[str], width: int, height
 
 def line_of(seen: Seen, heading: Heading) -> str:
     """The same in one line, for where there is no terminal."""
-    counts = ", ".join(f"{seen.number_of(doing)} {LOOKS[doing].name}" for doing in LOOKS if seen.number_of(doing))
+    states = seen.states()
+    counts = ", ".join(f"{states[doing]} {LOOKS[doing].name}" for doing in LOOKS if states[doing])
     rates = f"{seen.per_s.exits:,.0f} exits/s, {seen.per_s.calls:.0f} P-SEAMLDR calls/s"
     parts = [heading.phase, counts, rates, _locks(seen.locks).plain[LABEL:]]
     if seen.update.number:
@@ -236,8 +237,9 @@ def _legend(seen: Seen, width: int, *, bars: bool = False) -> list[Text]:
     lines = [Text(" " * GRID_LABEL)]
     shares = [cpu.shares for cpu in seen.cpus if cpu.shares] if bars else []
     barred = {doing for doing, column in zip(SPENT_IN, zip(*shares, strict=True), strict=False) if max(column) > 0.01}
+    states = seen.states()
     for doing, look in LOOKS.items():
-        count = seen.number_of(doing)
+        count = states[doing]
         if not count and doing not in barred:
             continue
         entry = Text().append(look.letter, style=look.key).append(f" {look.name} {count}  ")

@@ -27,7 +27,7 @@ from kvm.watch_view import Heading, draw, line_of
 
 PERIOD_S = 0.25
 LINE_PERIOD_S = 1.0
-SHARE = 0.02
+SHARE = 0.015
 EVENTS = 40
 ASKED = 16
 """Processes of which a look asks /proc whether they are stopped; those of many CPUs take turns."""

@@ -36,8 +36,8 @@ SIZES = (4, 32, 128)
 ROUNDS = 3
 SAMPLE = 8
 WATCHED_SIZES = (8, 256)
-TURNS = 40
-SLICE_S = 0.5
+TURNS = 30
+SLICE_S = 1.0
 
 BARE = """
 import os, sys, time

@@ -107,11 +107,11 @@ def _cpus() -> list[str]:
 
 
 def _history(count: int) -> Iterator[Record]:
-    sizes = {"cpus": CPUS, "vcpus": CPUS, "tds": 0, "updates": 0}
-    yield {"node": "launcher", "event": "machine_begin", "strategy": "clear-current-vmcs", "knobs": {}, "seed": 1, **sizes}
+    machine = {"strategy": "clear-current-vmcs", "knobs": {}, "seed": 1, "cpus": CPUS, "vcpus": CPUS}
+    yield {"node": "launcher", "event": "machine_begin", **machine, "tds": 0, "updates": 0}
     for node in _cpus():
         yield {"node": "launcher", "event": "process_online", "name": node, "incarnation": 1}
-    for number in range(count // 26):
+    for number in range(count // 23):
         yield from _cycle(number % CPUS, number + 1)
     yield {"node": "launcher", "event": "machine_end", "finished": True, "why": ""}
 
@@ -186,11 +186,12 @@ READERS: dict[str, Callable[[Path], int]] = {
 }
 
 
-def measure(readers: dict[str, Callable[[Path], int]], run_dir: Path, rounds: int) -> tuple[int, dict[str, list[float]]]:
+def measure(run_dir: Path, rounds: int) -> tuple[int, dict[str, list[float]]]:
     """Records of the run, and seconds by reader and round."""
-    count, took = 0, {name: [] for name in readers}  # type: dict[str, list[float]]
+    count = 0
+    took: dict[str, list[float]] = {name: [] for name in READERS}
     for _ in range(rounds):
-        for name, read in readers.items():
+        for name, read in READERS.items():
             began = process_time()
             count = read(run_dir)
             took[name].append(process_time() - began)
@@ -219,7 +220,7 @@ def main(rounds: int, records: int, runs: list[str]) -> None:
         paths = [synthetic(Path(directory, "synthetic"), records), trio.run(_traced, Path(directory, "traced"))]
         names = ["synthetic run", "live run, traced", *runs]
         for name, path in zip(names, [*paths, *map(Path, runs)], strict=True):
-            count, took = measure(READERS, path, rounds)
+            count, took = measure(path, rounds)
             add_rows(table, f"{name}, {count:,} records", count, took)
     Console(width=110).print(table)
     print(f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from bus.events import NONE
 from bus.invariants import INVARIANTS
@@ -13,6 +16,15 @@ SECOND = 1_000_000_000
 INFO = 1 << 63
 INSTALL = 1 << 63 | 1
 LOCK = "seamldr_lock"
+
+
+def save(run: Run, folder: Path) -> Path:
+    """Write the records as a run directory."""
+    (folder / "records").mkdir()
+    for record in run.records:
+        with (folder / "records" / f"{record['node']}.jsonl").open("ab") as file:
+            file.write(msgspec.json.encode(record) + b"\n")
+    return folder
 
 
 class Run:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from history import INFO, LOCK, Run
+from history import INFO, LOCK, Run, save
 
 from bus.events import EVENTS, NONE
 from bus.invariant import EXPLAINED_BY_DEATH
@@ -20,15 +20,6 @@ V, W = 0x12000, 0x13000
 def call(run: Run, vmcs: int = V) -> Run:
     """A P-SEAMLDR call on CPU 0 that loses the VMCS and makes KVM forget the pointer."""
     return run.cpu(0, "reader").begin(vmcs).seamcall(INFO, lost=vmcs).cv(NONE).end(NONE)
-
-
-def save(run: Run, folder: Path) -> Path:
-    """Write the records as a run directory."""
-    (folder / "records").mkdir()
-    for record in run.records:
-        with (folder / "records" / f"{record['node']}.jsonl").open("ab") as file:
-            file.write(msgspec.json.encode(record) + b"\n")
-    return folder
 
 
 def test_the_invariants_that_must_be_there_are_there() -> None:

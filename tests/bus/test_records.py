@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from bus.clock import LamportClock
 from bus.events import EVENTS, NONE
+from bus.merge import Notes, read_file
 from bus.records import TAIL_BYTES, Record, complaint, open_records
 
 
@@ -93,6 +95,25 @@ def test_lines_survive_sigkill(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     assert [record["seq"] for record in lines(path)] == list(range(1, 201))
+
+
+def test_whatever_emit_returned_from_survives_a_kill_from_outside(tmp_path: Path) -> None:
+    """A process that is killed while it writes, at no moment of its choosing, has lost nothing that it counted."""
+    path, counted = tmp_path / "x.jsonl", mmap.mmap(-1, 8)
+    pid = os.fork()
+    if pid == 0:
+        recorder = open_records(path, "x", LamportClock())
+        while True:
+            recorder.emit("log", text="x" * 100)
+            counted[:] = recorder.written.to_bytes(8, "little")
+    while int.from_bytes(counted[:], "little") < 500:
+        os.sched_yield()
+    os.kill(pid, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    notes = Notes()
+    seqs = [record["seq"] for record in read_file(path, notes)]
+    assert seqs == list(range(1, len(seqs) + 1)) and len(seqs) >= int.from_bytes(counted[:], "little") >= 500
+    assert not notes.bad and notes.torn.total() <= 1
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"ts":5,"clock":9', b'{"ts":5}', b'{"text":"\xff"}'])

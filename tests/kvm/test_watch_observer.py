@@ -62,7 +62,7 @@ def test_states_of_cpus() -> None:
     assert (seen.cpus[0].what, seen.cpus[0].for_ns) == ("vcpu3", 5 * MS)
     assert (seen.cpus[4].what, seen.cpus[4].for_ns) == ("SEAMLDR.INFO", 3 * MS)
     assert [bool(cpu.shares) for cpu in seen.cpus] == [True, False, False, False, True]
-    assert seen.number_of(Doing.DEAD) == 1
+    assert seen.states()[Doing.DEAD] == 1
 
 
 def test_who_waits_for_a_lock_has_a_place_in_its_queue() -> None:
