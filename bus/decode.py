@@ -82,4 +82,6 @@ def _decoder(event: str) -> Callable[[bytes], Record]:
 
 
 def _type(event: str, name: str, kind: str) -> Any:
-    return str | int if (event, name) in _IDS else _CLOSER.get(name, _TYPES[kind])
+    if kind == "JSON":
+        return _CLOSER.get(name, _TYPES[kind])
+    return str | int if (event, name) in _IDS else _TYPES[kind]

