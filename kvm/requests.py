@@ -59,6 +59,13 @@ class Requests:
         if not request.wanted:
             del self.open[number]
 
+    def forget(self, number: int) -> None:
+        """Nobody waits for the answer any more; the request is open until it is there."""
+        request = self.open[number]
+        request.wanted = False
+        if request.done is not None:
+            del self.open[number]
+
     def answer(self, number: int) -> AdminDone | None:
         """The answer to a request that is waited for, once; None if there is none yet."""
         done = self.open[number].done

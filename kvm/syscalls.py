@@ -153,7 +153,11 @@ class Syscalls:
         chosen = cpu if cpu in usable else self._rng.choice(usable)
         request = self.new_request(kind, chosen, pages, wanted=True)
         self.node.endpoint.send(f"cpu{chosen}", message(request))
-        await self.until(lambda: self.requests.open[request].done is not None)
+        try:
+            await self.until(lambda: self.requests.open[request].done is not None)
+        except trio.Cancelled:
+            self.requests.forget(request)
+            raise
         done = self.requests.answer(request)
         assert done is not None
         return done

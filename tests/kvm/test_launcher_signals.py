@@ -45,7 +45,7 @@ def test_a_signal_ends_the_machine_in_order(tmp_path: Path, number: int, node: s
     lines = (tmp_path / "run/records/launcher.jsonl").read_text().splitlines()
     written = [json.loads(line) for line in lines]
     (end,) = (record for record in written if record["event"] == "machine_end")
-    # Python raises the interrupt in whatever task runs; if it is not the one that starts the machine, that is cancelled.
+    # Python raises the interrupt in whatever task runs; if that is not the machine's, the machine is cancelled.
     assert end["finished"] == 0 and end["why"] in ("ended by KeyboardInterrupt", "ended by Cancelled")
     if event == RUNS:
         exits = [record for record in written if record["event"] == "process_exit"]
