@@ -83,7 +83,7 @@ def entry() -> NoReturn:
 
 
 def _say(message: str, status: int) -> int:
-    print(f"seamlab: {plain(message)}", file=sys.stderr)
+    print(f"seamlab: {plain(' '.join(message.splitlines()))}", file=sys.stderr)
     return status
 
 
@@ -213,7 +213,7 @@ def _note_reframing(topology: Topology) -> None:
 
 
 def _topology(arguments: argparse.Namespace, strategy: str, run_dir: str | None = None) -> Topology:
-    cpus = parse_topology(arguments.topology) if arguments.topology else arguments.cpus
+    cpus = arguments.cpus if arguments.topology is None else parse_topology(arguments.topology)
     sysfs: str | None = getattr(arguments, "sysfs", None)
     topology = Topology(
         cpus=cpus,

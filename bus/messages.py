@@ -26,6 +26,8 @@ U8 = Annotated[int, Meta(ge=0, lt=256)]
 U32 = Annotated[int, Meta(ge=0, lt=2**32)]
 U64 = Annotated[int, Meta(ge=0)]
 """msgspec cannot bound by 2**64; msgpack itself holds no longer integer."""
+Clock = Annotated[int, Meta(ge=0, lt=2**62)]
+"""A Lamport time that leaves room: whoever hears of it goes on counting from there."""
 CpuNumber = Annotated[int, Meta(ge=0, lt=4096)]
 
 
@@ -192,7 +194,7 @@ class LockClaim(Message, frozen=True, tag="lock_claim"):
     lock: Name
     level: U8
     request: U64
-    clock: U64
+    clock: Clock
     epoch: U32 = 0
     number: U64 = 0
 
@@ -386,7 +388,7 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     target_incarnation: U32
     sequence: U64
     acknowledged: U64
-    clock: U64
+    clock: Clock
     body: Body | None = None
     missing: Annotated[tuple[U64, ...], Meta(max_length=MAX_MISSING)] = ()
 

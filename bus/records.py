@@ -12,10 +12,11 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import structlog
+from msgspec import Meta
 
 from bus.clock import LamportClock
 from bus.events import EVENTS
@@ -26,6 +27,13 @@ Record = dict[str, Any]
 COMMON_FIELDS = frozenset(("ts", "clock", "node", "pid", "seq", "event"))
 CPU_FIELDS = frozenset(("ctx", "irqs"))
 TAIL_BYTES = 256 * 1024
+
+
+class _Place(msgspec.Struct):
+    """Where a record stands, as a process that goes on from there has to know it."""
+
+    seq: Annotated[int, Meta(ge=0, lt=2**62)]
+    clock: Annotated[int, Meta(ge=0, lt=2**62)]
 
 
 class Stamp:
@@ -185,9 +193,9 @@ def _resume(fd: int) -> tuple[int, int]:
 def _last(tail: bytes) -> tuple[int, int]:
     for line in reversed(tail.split(b"\n")):
         try:
-            record = msgspec.json.decode(line, type=Record)
-            return int(record["seq"]), int(record["clock"])
-        except (msgspec.DecodeError, UnicodeDecodeError, KeyError):
+            last = msgspec.json.decode(line, type=_Place)
+            return last.seq, last.clock
+        except (ValueError, RecursionError):
             continue
     return 0, 0
 

@@ -83,7 +83,7 @@ def open_database(run_dir: Path, notes: Notes, parquet: Path | None = None) -> I
     """
     import duckdb
 
-    paths = sorted((run_dir / "records").glob("*.jsonl"))
+    paths = sorted(path for path in (run_dir / "records").glob("*.jsonl") if path.is_file())  # no pipe, no device
     if not paths:
         raise QueryError(f"{run_dir} has no record files")
     settings = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false",

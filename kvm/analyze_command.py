@@ -136,7 +136,10 @@ def _judge(arguments: argparse.Namespace, run_dir: Path) -> int:
 def _analyze(arguments: argparse.Namespace, run_dir: Path) -> Summary:
     judgement = judge(run_dir)
     summary = summarize(judgement, run_dir)
-    write_summary(summary, run_dir)
+    try:
+        write_summary(summary, run_dir)
+    except OSError as error:  # a run that may only be read can be judged all the same
+        print(f"seamlab: summary.json is not written: {error.strerror}", file=sys.stderr)
     for name, path in _asked_for(arguments).items():
         _write(OUTPUTS[name], Analyzed(run_dir, judgement, summary), path)
     return summary

@@ -35,6 +35,7 @@ SUBJECT = "subject"
 TIME = "time"
 MAX_FAULTS = 64
 MAX_PLAN_BYTES = 256 * 1024
+_DEEP_KEY = re.compile(r"""(?<![\w"'-])(?:[\w"'-]++\s*+\.\s*+){17}""")
 
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 Milliseconds = Annotated[int, Meta(ge=0, le=3_600_000)]
@@ -120,11 +121,9 @@ def parse_plan(data: bytes, cpus: int | None = None) -> Plan:
         line = data[: error.start].count(b"\n") + 1
         raise PlanError(f"line {line}: the plan is not UTF-8") from None
     try:
-        plan = msgspec.convert(tomllib.loads(text), Plan)
+        plan = msgspec.convert(_read_toml(text), Plan)
     except tomllib.TOMLDecodeError as error:
         raise PlanError(_syntax(str(error))) from None
-    except RecursionError:
-        raise PlanError("the plan is nested too deeply") from None
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `")
         raise PlanError(f"line {line_of(text, path.rstrip('`'), message)}: {_plain(message)}{_where(path)}") from None
@@ -132,6 +131,21 @@ def parse_plan(data: bytes, cpus: int | None = None) -> Plan:
         plan = msgspec.structs.replace(plan, cpus=cpus)
     _check(plan, text)
     return plan
+
+
+def _read_toml(text: str) -> dict[str, Any]:
+    """A plan is two tables deep; a key of thousands of parts would take the reader minutes."""
+    if deep := _DEEP_KEY.search(text):
+        line = text[: deep.start()].count("\n") + 1
+        raise PlanError(f"line {line}: the plan is nested too deeply")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise PlanError("the plan is nested too deeply") from None
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError as error:  # a number of thousands of digits, a date that is none
+        raise PlanError(f"the plan has a value that is none: {error}") from None
 
 
 def _syntax(message: str) -> str:

@@ -91,7 +91,7 @@ def parse_topology(text: str) -> int:
     >>> parse_topology("2s8c2t")
     32
     """
-    match = re.fullmatch(r"(\d{1,3})s(\d{1,3})c(\d{1,2})t", text)
+    match = re.fullmatch(r"([0-9]{1,3})s([0-9]{1,3})c([0-9]{1,2})t", text)
     if match is None:
         raise TopologyError(f"topology {text!r} is not like 2s8c2t (sockets, cores each, threads each)")
     sockets, cores, threads = (int(part) for part in match.groups())

@@ -36,6 +36,8 @@ from seamldr.api import (
 Strategy = Callable[[Cpu, int, TdxModuleArgs], Awaitable[int]]
 
 RETRIES_WHEN_BUSY = 10_000
+MAX_SOURCE = 1 << 20
+"""Bytes of a file of strategies."""
 
 
 async def none(cpu: Cpu, fn: int, args: TdxModuleArgs) -> int:
@@ -199,6 +201,8 @@ def find_strategy(name: str) -> Strategy:
 def _from_file(path: Path, function: str) -> Strategy:
     if not path.is_file():
         raise StrategyError(f"strategy file {path} does not exist")
+    if path.stat().st_size > MAX_SOURCE:
+        raise StrategyError(f"strategy file {path} has more than {MAX_SOURCE} bytes")
     spec = importlib.util.spec_from_file_location("seamlab_user_strategy", path)
     if spec is None or spec.loader is None:
         raise StrategyError(f"strategy file {path} is not a Python file")

@@ -125,6 +125,7 @@ REFUSED: dict[str, bytes] = {
     "maps in maps behind a good head": msgspec.msgpack.encode(_head())[:1] + b"\x81\x00" * 30_000,
     "source without a name": raw(["start"], source=""),
     "negative sequence": raw(["start"], sequence=-1),
+    "clock that cannot go on": raw(["start"], clock=2**62),
     "clock as text": raw(["start"], clock="9"),
     "field too many in the envelope": msgspec.msgpack.encode([*_head(), ["start"], [], 1]),
     "field missing in the envelope": msgspec.msgpack.encode(_head()[:-1]),
