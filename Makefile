@@ -17,7 +17,7 @@ demo: setup
 	$(BIN)/python launcher.py compare --cpus 4 --vcpus 8 --knob seamret_launch=clear
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: setup
 	$(BIN)/python -m ruff check .

@@ -94,6 +94,7 @@ class Machine(Operator):
             await self._start(stack)
             yield
 
+    @trio.lowlevel.enable_ki_protection  # Ctrl-C comes where it waits, not between a thing and the note to undo it
     async def _start(self, stack: AsyncExitStack) -> None:
         began = monotonic()
         if not stack.enter_context(enough_files(self.topology.cpus + 2)):
@@ -110,6 +111,7 @@ class Machine(Operator):
         key = secrets.token_bytes(16)
         self.images = machine_images(self.topology, self.run_dir)
         self.spec = machine_spec(self.topology, self.run_dir, socket_dir, key, memory.fd, self.images)
+        self.processes = {node: Process(node, 1) for node in self.spec.nodes()}
         self.node = await stack.enter_async_context(join(self.spec, LAUNCHER, 1))
         stack.callback(self._forget_all)
         self._nursery = await stack.enter_async_context(background())
@@ -121,7 +123,6 @@ class Machine(Operator):
         stack.push_async_callback(self._stop_all)
         stack.callback(self._proceed_all)
         stack.push(self._end_early)
-        self.processes = {node: Process(node, 1) for node in self.spec.nodes()}
         try:
             await self._parent.begin(self.spec)
         except OSError:
