@@ -62,7 +62,7 @@ class Fleet:
     # Up
 
     async def _bring_up(self, nodes: list[str]) -> None:
-        """Start these processes and wait until they are online; raises `MachineError`."""
+        """Start these processes and wait until they are online, or were killed on purpose; raises `MachineError`."""
         members = self._members()
         try:
             for node in nodes:
@@ -74,7 +74,7 @@ class Fleet:
         with trio.move_on_after(ONLINE_S + ONLINE_PER_CPU_S * self.spec.cpus):
             while not self._broken:
                 moved = self._moved
-                late = [node for node in late if not self.processes[node].online]
+                late = [node for node in late if not self.processes[node].settled]
                 if not late:
                     return
                 await moved.wait()
@@ -144,9 +144,9 @@ class Fleet:
 
     def _survives(self, process: Process) -> bool:
         """Whether the machine goes on without it: a CPU that a signal killed, or what was killed on purpose."""
-        if process.status >= 0 or not process.hello:
-            return False
-        return process.doomed or cpu_number(process.node) is not None
+        if process.doomed:
+            return True
+        return process.status < 0 and process.hello and cpu_number(process.node) is not None
 
     def _publish_death(self, process: Process) -> None:
         """The word in memory first: who hears of the death finds it there."""

@@ -51,6 +51,8 @@ class Operator(FaultyLinks):
         self.standstills: dict[int, Standstill] = {}
         self._number = 0
         self._done: dict[int, Done] = {}
+        self._reviving = trio.Lock()
+        """Held while processes are brought back: a power cycle and a replug come one after the other."""
 
     def process(self, target: Target) -> Process:
         """The process that is, or was last, in this place; raises `ValueError` if the machine has no such place."""
@@ -75,56 +77,63 @@ class Operator(FaultyLinks):
         """SIGKILL; returns when the death is on record and published. A process that is dead already stays dead."""
         process = self.process(target)
         if not process.gone.is_set():
-            process.doomed = True
             self._record("kill", process)
+            await self._kill([process])
+
+    async def _kill(self, processes: list[Process]) -> None:
+        for process in processes:
+            process.doomed = True
+        for process in processes:
+            await process.born.wait()
             process.signal(signal.SIGKILL)
+        for process in processes:
             await process.gone.wait()
 
     async def replug(self, cpu: int) -> None:
         """A fresh process for a dead CPU, over its old per-CPU memory; raises `MachineError` if it does not come up."""
-        await self._revive(self.process(cpu), "replug")
-        self._store(per_cpu(cpu).dead, 0)
+        async with self._reviving:
+            process = await self._revive(self.process(cpu), "replug")
+            if not process.dead:
+                self._store(per_cpu(cpu).dead, 0)
 
     async def restart(self, target: Target) -> None:
         """Kill the seamldr or the KVM process, if it still lives, and start its next incarnation."""
-        process = self.process(target)
-        number = cpu_number(process.node)
+        number = cpu_number(self.process(target).node)
         if number is not None:
             await self.kill(number)
             await self.replug(number)
             return
-        await self.kill(target)
-        await self._revive(process, "restart")
-        if process.node == KVM:
-            self.node.endpoint.send(KVM, Start())
+        async with self._reviving:
+            process = self.process(target)
+            await self.kill(target)
+            await self._revive(process, "restart")
+            if process.node == KVM:
+                self.node.endpoint.send(KVM, Start())
 
-    async def _revive(self, dead: Process, kind: str) -> None:
+    async def _revive(self, dead: Process, kind: str) -> Process:
         if not dead.gone.is_set():
             raise ValueError(f"{dead.node} is not dead")
-        if self.processes[dead.node] is not dead:
-            raise ValueError(f"{dead.node} has been brought back already")
-        self._record(kind, self._succeed(dead))
-        await self._bring_up([dead.node])
+        process = self._succeed(dead)
+        self._record(kind, process)
+        await self._bring_up([process.node])
+        return process
 
     async def reset(self) -> None:
         """Power cycle: all processes and all memory are gone, then the machine starts as at its beginning.
 
         The way out when a CPU has died inside P-SEAMLDR. Guests begin anew.
         """
-        for process in list(self.processes.values()):
-            process.doomed = True
-            process.signal(signal.SIGKILL)
-        for process in list(self.processes.values()):
-            await process.gone.wait()
-        for path in sorted((self.run_dir / "records").glob("*.jsonl")):
-            self.node.clock.merge(last_clock(path))
-        self.node.emit("machine_reset")
-        self.memory.clear()
-        for process in list(self.processes.values()):
-            self._succeed(process)
-        await self._bring_up([SEAMLDR])
-        await self._bring_up([KVM, *self.spec.cpu_nodes()])
-        self.node.endpoint.send(KVM, Start())
+        async with self._reviving:
+            await self._kill(list(self.processes.values()))
+            for path in sorted((self.run_dir / "records").glob("*.jsonl")):
+                self.node.clock.merge(last_clock(path))
+            self.node.emit("machine_reset")
+            self.memory.clear()
+            for process in list(self.processes.values()):
+                self._succeed(process)
+            await self._bring_up([SEAMLDR])
+            await self._bring_up([KVM, *self.spec.cpu_nodes()])
+            self.node.endpoint.send(KVM, Start())
 
     # Stop and slow down
 

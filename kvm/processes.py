@@ -66,6 +66,11 @@ class Process:
         """It was made, said hello and has not ended."""
         return self.born.is_set() and self.hello and not self.gone.is_set()
 
+    @property
+    def settled(self) -> bool:
+        """Nobody need wait for it: it is online, or was killed on purpose."""
+        return self.online or self.doomed and self.gone.is_set()
+
     def signal(self, number: int) -> None:
         """Send a signal to this very process, never to another that got its pid."""
         if self.pidfd >= 0:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from live import records, small
 
 from bus.points import POINTS
@@ -79,6 +80,39 @@ async def test_a_power_cycle_brings_seam_back(tmp_path: Path) -> None:
         assert await machine.read_version(cpu)
     assert machine.check().violations == ()
     assert [record["why"] for record in records(machine.run_dir, "seam_dead")] == ["the CPU died inside SEAM"]
+
+
+async def test_a_power_cycle_and_a_replug_come_one_after_the_other(tmp_path: Path) -> None:
+    """A CPU that is on its way up when somebody cycles the power is not killed unasked: the machine goes on."""
+    machine = Machine(small(tmp_path, cpus=2, updates=0, seconds=1.0))
+    async with machine, trio.open_nursery() as nursery:
+        nursery.start_soon(machine.run_workload)
+        await machine.kill(1)
+        nursery.start_soon(machine.replug, 1)
+        await trio.testing.wait_all_tasks_blocked()
+        await machine.process(1).born.wait()
+        await machine.reset()
+        assert await machine.update() == 0
+    assert machine.check().verdict == "safe"
+    assert machine.process(1).incarnation == 3
+
+
+async def test_a_cpu_that_comes_up_can_be_killed(tmp_path: Path) -> None:
+    """Before its first word, too: it stays dead until it is replugged once more."""
+    machine = Machine(small(tmp_path, cpus=2, updates=0, seconds=1.0))
+    async with machine, trio.open_nursery() as nursery:
+        nursery.start_soon(machine.run_workload)
+        await machine.kill(1)
+        async with trio.open_nursery() as replug:
+            replug.start_soon(machine.replug, 1)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not machine.process(1).hello
+            await machine.kill(1)
+        assert machine.process(1).gone.is_set()
+        await machine.replug(1)
+        assert machine.process(1).online
+    assert machine.check().verdict == "safe"
+    assert machine.process(1).incarnation == 3
 
 
 async def test_unknown_targets_and_points_are_refused(tmp_path: Path) -> None:
