@@ -57,7 +57,10 @@ class CallsComplete(Invariant):
 
 
 class InterruptsArrive(Invariant):
-    """Judged by message id. Excused: what was on its way at the very end, or to or from a CPU ended by a signal."""
+    """Judged by message id. Excused: what was on its way at the very end, or to or from a CPU ended by a signal.
+
+    A run that was cut can leave messages on their way for longer; there only one that a later one overtook is lost.
+    """
 
     id = "I58"
     slug = "ipis-arrive-once"
@@ -69,6 +72,7 @@ class InterruptsArrive(Invariant):
         super().__init__()
         self._sent: dict[tuple[str, object], Record] = {}
         self._delivered: set[tuple[str, object]] = set()
+        self._latest: dict[tuple[str, int], int] = {}
         self._strays: dict[tuple[str, object], Record] = {}
         self._end: dict[str, int] = {}
         self._cut: set[str] = set()
@@ -77,16 +81,22 @@ class InterruptsArrive(Invariant):
     def on_ipi_send(self, record: Record, shadow: Shadow) -> None:
         key = (record["node"], record["id"])
         if self._strays.pop(key, None) is not None:
-            self._delivered.add(key)
+            self._arrived(key, record)
         else:
             self._delivered.discard(key)
             self._sent[key] = record
 
+    def _arrived(self, key: tuple[str, object], sent: Record) -> None:
+        self._delivered.add(key)
+        link = (sent["node"], sent["target"])
+        self._latest[link] = max(sent["seq"], self._latest.get(link, 0))
+
     def on_ipi_deliver(self, record: Record, shadow: Shadow) -> None:
         # The sender may write its record just after the message left, so a delivery may come first.
         key = (record["source"], record["id"])
-        if self._sent.pop(key, None) is not None:
-            self._delivered.add(key)
+        sent = self._sent.pop(key, None)
+        if sent is not None:
+            self._arrived(key, sent)
         elif key in self._delivered or key in self._strays:
             self.violated(f"an interrupt from {record['source']} was delivered twice", ("again", record))
         else:
@@ -112,6 +122,8 @@ class InterruptsArrive(Invariant):
             late = record["ts"] > self._end.get(target, self._run_end) - GRACE_NS
             if target in fragile or record["node"] in fragile or late:
                 excused += 1
+            elif not ending.shadow.finished and record["seq"] > self._latest.get((record["node"], record["target"]), 0):
+                self.suspects.append(f"an interrupt to {target} was on its way when the run was cut")
             else:
                 self.violated(f"an interrupt to {target} was never delivered", ("sent", record))
         if excused:

@@ -16,6 +16,7 @@ from kvm.fleet import MachineError
 from kvm.machine import Machine
 from kvm.operator import Standstill
 from kvm.plan import SUBJECT, TIME, Fault, Plan
+from kvm.processes import Process
 from kvm.topology import Topology
 
 READY_S = 0.2
@@ -110,10 +111,11 @@ async def _act(machine: Machine, strike: Strike, standstill: Standstill | None) 
 
     match fault.do:
         case "kill":
+            dead = machine.process(node)
             await machine.kill(node)
             strikes()
             await trio.sleep(seconds)
-            await _bring_back(machine, node, fault.brought_back_by)
+            await _bring_back(machine, dead, fault.brought_back_by)
         case "stop":
             await machine.stop(node)
             strikes()
@@ -152,14 +154,19 @@ def _without(rules: tuple[LinkRule, ...], gone: tuple[LinkRule, ...]) -> tuple[L
     return tuple(rest)
 
 
-async def _bring_back(machine: Machine, node: str, how: str) -> None:
-    match how:
-        case "reset":
+async def _bring_back(machine: Machine, dead: Process, how: str) -> None:
+    """Undo a kill; there is nothing to do where the power cycle of another fault came first."""
+    node = dead.node
+    try:
+        if how == "reset":
             await machine.reset()
-        case "restart":
+        elif how == "restart" and machine.process(node) is dead:
             await machine.restart(node)
-        case "replug":
+        elif how == "replug" and machine.process(node) is dead:
             await _replug(machine, machine.number_of(node))
+    except ValueError:
+        if machine.process(node) is dead:
+            raise
 
 
 async def _replug(machine: Machine, cpu: int) -> None:

@@ -79,7 +79,14 @@ def test_a_delivery_of_nothing_breaks_i58() -> None:
 def test_a_lost_interrupt_breaks_i58() -> None:
     """I58 is broken by a message that was never delivered though its target lived on."""
     assert Run().cpu(0).ipi_send(1, 1).later().finish().violated() == {"I58"}
-    assert Run().cpu(0).ipi_send(1, 1).later().finish(finished=False).exit("cpu1").violated() == {"I58"}
+
+
+def test_in_a_run_that_was_cut_an_interrupt_that_was_overtaken_is_lost() -> None:
+    """I58 suspects a message that may still be on its way, and is broken when a later one on its link has arrived."""
+    cut = Run().cpu(0).ipi_send(1, 1).later().finish(finished=False).exit("cpu1")
+    assert cut.violated() == set() and len(cut.judge().suspects) == 1
+    run = Run().cpu(0).ipi_send(1, 1).ipi_send(1, 2).cpu(1).ipi_deliver(0, 2)
+    assert run.later().finish(finished=False).violated() == {"I58"}
 
 
 def test_what_was_on_its_way_at_the_end_is_excused() -> None:
