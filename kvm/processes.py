@@ -69,7 +69,7 @@ class Process:
     @property
     def settled(self) -> bool:
         """Nobody need wait for it: it is online, or was killed on purpose."""
-        return self.online or self.doomed and self.gone.is_set()
+        return self.online or (self.doomed and self.gone.is_set())
 
     def signal(self, number: int) -> None:
         """Send a signal to this very process, never to another that got its pid."""
