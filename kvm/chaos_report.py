@@ -47,7 +47,7 @@ def print_rounds(console: Console, done: Sequence[Round]) -> None:
             kind: tuple[str, str] = (strike.fault.do, strike.fault.at)
             counts[kind] += 1
             struck[kind] += strike.outcome in UNDONE
-    table = Table(title=f"{len(done)} round{"s" * (len(done) != 1)}", title_justify="left")
+    table = Table(title="1 round" if len(done) == 1 else f"{len(done)} rounds", title_justify="left")
     table.add_column("fault")
     table.add_column("at")
     table.add_column("planned", justify="right")
