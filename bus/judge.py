@@ -17,7 +17,7 @@ from bus.decode import UNREADABLE
 from bus.events import EVENTS
 from bus.invariant import IF_FAILED, Handler, Invariant, dispatch
 from bus.invariants import INVARIANTS
-from bus.merge import Entry, Notes, merge, merge_entries, read_file
+from bus.merge import Entry, Notes, OnRead, merge, merge_entries, read_file
 from bus.records import Record
 from bus.shadow import Shadow, is_set
 from bus.spec import LAUNCHER
@@ -106,12 +106,12 @@ class Judgement(msgspec.Struct, frozen=True):
         }
 
 
-def judge(run_dir: str | Path) -> Judgement:
-    """Judge the run whose records lie in `run_dir`/records.
+def judge(run_dir: str | Path, on_read: OnRead = lambda size: None) -> Judgement:
+    """Judge the run whose records lie in `run_dir`/records; `on_read` is told of bytes as they are read.
 
     Raises `FileNotFoundError` if there is no such folder; everything else that is wrong with the files is noted.
     """
-    notes = Notes()
+    notes = Notes(on_read)
     launcher = Path(run_dir) / "records" / "launcher.jsonl"
     machine: Record = {}
     expected = [LAUNCHER]

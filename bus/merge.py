@@ -14,7 +14,7 @@ import os
 import stat
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
@@ -37,15 +37,19 @@ NO_RECORD = b"\0"
 """What is kept of such a line."""
 
 
+OnRead = Callable[[int], None]
+
+
 class Notes:
     """What the reader of records should know about them.
 
     `sentences` are for people. `torn`, `bad`, `duplicates`, `gaps` count, by node, last lines that were cut off,
     unreadable lines before the last, records that came twice, and records that are missing; `missing` names nodes
-    that should have a file and have none.
+    that should have a file and have none. `on_read` is told of bytes as they are read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_read: OnRead = lambda size: None) -> None:
+        self.on_read = on_read
         self.torn: Counter[str] = Counter()
         self.bad: Counter[str] = Counter()
         self.duplicates: Counter[str] = Counter()
@@ -306,6 +310,7 @@ def _lines(path: Path, notes: Notes, piece: int) -> Iterator[bytes]:
     rest = b""
     while data := _piece(path, notes, piece, offset):
         offset += len(data)
+        notes.on_read(len(data))
         whole, newline, rest = (rest + data).rpartition(b"\n")
         if newline:
             yield whole

@@ -7,22 +7,22 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from bus.differences import Side, differences
+from bus.draw import write_html, write_perfetto, write_shiviz
 from bus.ftrace import ftrace
 from bus.judge import Judgement, judge
 from bus.junit import junit_xml
 from bus.markdown import comparison_markdown, run_markdown
-from bus.merge import Notes, merge_by_time
+from bus.merge import Notes, OnRead, merge_by_time
 from bus.queries import UnknownQuery
 from bus.report import console_for, print_invariants, print_run
 from bus.report_differences import differences_as_dict, print_differences
 from bus.snapshot import RunError, making_sense
 from bus.sql import QueryError, open_database
-from kvm.pictures_command import draw_html, draw_perfetto, draw_shiviz
+from kvm.reading import Reading
 from kvm.sql_command import add_sql_arguments, ask, list_queries
 from kvm.summary import SAFE, Summary, exit_status, summarize, write_summary
 
@@ -39,34 +39,37 @@ class Analyzed(msgspec.Struct, frozen=True):
 
 
 class Output(msgspec.Struct, frozen=True):
-    """A file that `analyze` writes when it is asked to: what it is, and what writes it; that may raise `OSError`."""
+    """A file that `analyze` writes when it is asked to: what it is, and what writes it.
+
+    That gives a sentence on what was left out, if anything was, and may raise `OSError`.
+    """
 
     help: str
-    write: Callable[[Analyzed, Path], Any]
+    write: Callable[[Analyzed, Path, OnRead], str | None]
 
 
-def _junit(analyzed: Analyzed, path: Path) -> None:
+def _junit(analyzed: Analyzed, path: Path, on_read: OnRead) -> None:
     path.write_bytes(junit_xml({str(analyzed.summary["strategy"]): analyzed.summary}))
 
 
-def _markdown(analyzed: Analyzed, path: Path) -> None:
+def _markdown(analyzed: Analyzed, path: Path, on_read: OnRead) -> None:
     path.write_text(run_markdown(analyzed.summary), encoding="utf-8")
 
 
-def _html(analyzed: Analyzed, path: Path) -> None:
-    draw_html(analyzed.run_dir, analyzed.summary, path)
+def _html(analyzed: Analyzed, path: Path, on_read: OnRead) -> None:
+    write_html(analyzed.run_dir, analyzed.summary, path, on_read)
 
 
-def _perfetto(analyzed: Analyzed, path: Path) -> None:
-    draw_perfetto(analyzed.run_dir, path)
+def _perfetto(analyzed: Analyzed, path: Path, on_read: OnRead) -> str:
+    return write_perfetto(analyzed.run_dir, path, on_read)
 
 
-def _shiviz(analyzed: Analyzed, path: Path) -> None:
-    draw_shiviz(analyzed.run_dir, analyzed.summary, path)
+def _shiviz(analyzed: Analyzed, path: Path, on_read: OnRead) -> str:
+    return write_shiviz(analyzed.run_dir, analyzed.summary, path, on_read)
 
 
-def _ftrace(analyzed: Analyzed, path: Path) -> None:
-    records = merge_by_time(analyzed.run_dir, Notes())
+def _ftrace(analyzed: Analyzed, path: Path, on_read: OnRead) -> None:
+    records = merge_by_time(analyzed.run_dir, Notes(on_read))
     cpus = int(analyzed.summary["cpus"] or 0)
     with path.open("w", encoding="utf-8") as file:
         file.writelines(ftrace(records, analyzed.judgement.statistics.records, cpus))
@@ -134,7 +137,7 @@ def _judge(arguments: argparse.Namespace, run_dir: Path) -> int:
 
 
 def _analyze(arguments: argparse.Namespace, run_dir: Path) -> Summary:
-    judgement = judge(run_dir)
+    judgement = _judgement(run_dir)
     summary = summarize(judgement, run_dir)
     try:
         write_summary(summary, run_dir)
@@ -143,6 +146,11 @@ def _analyze(arguments: argparse.Namespace, run_dir: Path) -> Summary:
     for name, path in _asked_for(arguments).items():
         _write(OUTPUTS[name], Analyzed(run_dir, judgement, summary), path)
     return summary
+
+
+def _judgement(run_dir: Path) -> Judgement:
+    with Reading(run_dir, "judging") as reading:
+        return judge(run_dir, reading)
 
 
 def _asked_for(arguments: argparse.Namespace) -> dict[str, Path]:
@@ -173,12 +181,14 @@ def _compare(arguments: argparse.Namespace, a: Path, b: Path) -> int:
 def _side(run_dir: Path) -> Side:
     with open_database(run_dir, Notes()) as database:
         samples = database.samples()
-    return Side(summarize(judge(run_dir), run_dir), samples)
+    return Side(summarize(_judgement(run_dir), run_dir), samples)
 
 
 def _write(output: Output, analyzed: Analyzed, path: Path) -> None:
-    with _writing(path):
-        output.write(analyzed, path)
+    with _writing(path), Reading(analyzed.run_dir, f"writing {path}") as reading:
+        left_out = output.write(analyzed, path, reading)
+    if left_out:
+        print(f"seamlab: {left_out}", file=sys.stderr)
 
 
 @contextlib.contextmanager

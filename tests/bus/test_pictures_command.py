@@ -11,11 +11,10 @@ import pytest
 from history import Run
 from synthetic import Synthetic
 
-import bus.draw
 import launcher
 from bus.html import unpack
 from bus.records import Record
-from kvm import pictures_command
+from kvm import reading
 from kvm.summary import BAD_INPUT, VIOLATED
 
 
@@ -66,12 +65,13 @@ def test_what_takes_long_or_leaves_out_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Progress and what a cap leaves out are told on stderr."""
-    monkeypatch.setattr(pictures_command, "PATIENCE_S", 0.0)
-    monkeypatch.setattr(bus.draw, "EVERY", 1000)
+    monkeypatch.setattr(reading, "PATIENCE_S", 0.0)
     run = run_directory(tmp_path / "run", list(Synthetic(4).records(4000)))
     launcher.main(["analyze", str(run), "--shiviz", str(tmp_path / "out")])
     lines = capsys.readouterr().err.splitlines()
-    assert f"seamlab: {tmp_path / 'out'}: 1,000 records" in lines
+    size = sum(path.stat().st_size for path in (run / "records").iterdir()) / 1e6
+    assert f"seamlab: judging: {size:.1f} of {size:.1f} MB" in lines
+    assert f"seamlab: writing {tmp_path / 'out'}: {size:.1f} of {size:.1f} MB" in lines
     assert f"{tmp_path / 'out'} leaves " in lines[-1] and "events out" in lines[-1]
 
 
