@@ -28,7 +28,7 @@ from bus.memory import PhysicalMemory
 from bus.messages import Done, FaultReached, Fenced, Finish, Finished, Hello, Progress, Start, Stopped, Waits
 from bus.node import join
 from bus.spec import KVM, LAUNCHER, SEAMLDR
-from cpu.layout import memory_size
+from cpu.layout import MULTI_STOP, UPDATE_CTRL, memory_size
 from kvm.background import background
 from kvm.fleet import PARENT_GONE, MachineError
 from kvm.operator import Operator
@@ -36,6 +36,8 @@ from kvm.processes import Parent, Process, enough_files
 from kvm.topology import Topology, machine_images, machine_spec
 
 STUCK_LOOK_S = 0.25
+STUCK_PER_CPU_S = 0.02
+"""How much longer than the grace period nothing may move, for each CPU."""
 FINISH_S = 2.0
 """How long user space may take to come to its end when asked, plus `FINISH_PER_CPU_S` for each CPU."""
 FINISH_PER_CPU_S = 0.05
@@ -202,17 +204,26 @@ class Machine(Operator):
         began = self._last_progress = monotonic()
         workload = self.spec.workload
         planned = began + workload.duration_ns / 1e9
+        patience, stopped = workload.grace_ns / 1e9 + STUCK_PER_CPU_S * self.spec.cpus, self._stopping()
         while not self.finished.is_set() and not self._broken:
             with trio.move_on_after(STUCK_LOOK_S):
                 await self.finished.wait()
+            if (stopping := self._stopping()) != stopped:
+                stopped, self._last_progress = stopping, monotonic()
             quiet = monotonic() - max(self._last_progress, planned)
-            if quiet > workload.grace_ns / 1e9 and not self.finished.is_set():
-                self._break(f"nothing has moved for {workload.grace_ns / 1e9:g} s after the planned end")
+            if quiet > patience and not self.finished.is_set():
+                self._break(f"nothing has moved for {patience:.3g} s after the planned end")
         self.run_seconds = monotonic() - began
         if self._broken:
             await self._ask_all()
         self._end(self._broken or "")
         return self._broken is None
+
+    def _stopping(self) -> list[int]:
+        """How far a stop_machine and the update in it are: with a thousand CPUs they take longer than any request."""
+        stop, update = MULTI_STOP, UPDATE_CTRL
+        words = stop.nr_todo, stop.state, stop.thread_ack, update.update, update.state, update.num_ack
+        return [self.memory.read64(word) for word in words]
 
     async def finish(self) -> None:
         """Have user space come to its end now; if it does not within `FINISH_S`, the machine counts as stuck."""
