@@ -14,6 +14,7 @@ import pytest
 import trio
 from live import Remains, log, parent_of, records, small, wait_gone
 
+from cpu.layout import UPDATE_CTRL
 from kvm.machine import Machine, MachineError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -80,6 +81,25 @@ async def test_an_exception_leaves_the_block_as_itself(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="of the user"):
         async with Machine(small(tmp_path)):
             raise KeyError("of the user")
+
+
+@pytest.mark.parametrize("moves", [True, False])
+async def test_a_machine_is_stuck_when_nothing_moves(tmp_path: Path, moves: bool) -> None:
+    """User space has been silent for longer than the grace period: that is the end, unless an update makes progress."""
+    machine = Machine(small(tmp_path, cpus=2, updates=0, seconds=0.1, grace_s=0.5))
+    finished: list[bool] = []
+
+    async def work() -> None:
+        finished.append(await machine.run_workload())
+
+    async with machine, trio.open_nursery() as nursery:
+        await machine.stop("kvm")
+        nursery.start_soon(work)
+        for acks in range(8):
+            await trio.sleep(0.25)
+            machine.memory.store(UPDATE_CTRL.num_ack, acks if moves else 0, 0)
+        await machine.resume("kvm")
+    assert finished == [moves]
 
 
 async def test_cancelled_while_it_starts(tmp_path: Path) -> None:
