@@ -74,12 +74,14 @@ class Fleet:
         with trio.move_on_after(ONLINE_S + ONLINE_PER_CPU_S * self.spec.cpus):
             while not self._broken:
                 moved = self._moved
-                late = [node for node in late if not self.processes[node].settled]
+                while late and self.processes[late[-1]].settled:
+                    late.pop()
                 if not late:
                     return
                 await moved.wait()
         if self._broken:
             raise MachineError(self._broken)
+        late = [node for node in late if not self.processes[node].settled]
         raise MachineError(f"{len(late)} of {len(nodes)} processes did not come online, {late[0]} among them")
 
     def _members(self) -> tuple[MemberState, ...]:
