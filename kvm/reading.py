@@ -53,5 +53,5 @@ class Reading:
             self._bar.update(self._task, completed=self._read)
         else:
             self._next = time.monotonic() + PATIENCE_S
-            read, size = self._read / MEGABYTE, self._size / MEGABYTE
-            print(f"seamlab: {self._what}: {read:.1f} of {size:.1f} MB", file=sys.stderr, flush=True)
+            far = f"{self._read / MEGABYTE:.1f} of {self._size / MEGABYTE:.1f} MB"
+            print(f"seamlab: {self._what}: {far}", file=sys.stderr, flush=True)
