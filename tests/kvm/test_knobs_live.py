@@ -21,8 +21,13 @@ CELLS = [
 ]
 
 
+def said(value: str | tuple[str, ...] | set[str]) -> str:
+    """A part of the name of a test: in one order, since the tests may run in several processes."""
+    return value if isinstance(value, str) else "-".join(sorted(value)) or "safe"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "settings", "broken"), CELLS, ids=lambda v: "-".join(map(str, v)) or "safe")
+@pytest.mark.parametrize(("strategy", "settings", "broken"), CELLS, ids=said)
 async def test_a_knob_decides_on_processes_too(
     strategy: str, settings: list[str], broken: set[str], tmp_path: Path
 ) -> None:
