@@ -212,7 +212,7 @@ class Machine(Operator):
                 stopped, self._last_progress = stopping, monotonic()
             quiet = monotonic() - max(self._last_progress, planned)
             if quiet > patience and not self.finished.is_set():
-                self._break(f"nothing has moved for {patience:.3g} s after the planned end")
+                self._break(f"nothing has moved for {patience:.2g} s after the planned end")
         self.run_seconds = monotonic() - began
         if self._broken:
             await self._ask_all()
