@@ -228,6 +228,7 @@ def _topology(arguments: argparse.Namespace, strategy: str, run_dir: str | None 
         run_dir=run_dir or arguments.run_dir,
         trace=arguments.trace,
         sysfs=sysfs,
+        fuse=getattr(arguments, "fuse", False),
     )
     topology.validate()
     return topology
@@ -361,6 +362,11 @@ def _parser() -> Parser:
         metavar="DIR",
         help="files of the update's user interface under DIR, a new or empty one; unless told otherwise "
         "such a run makes no updates of its own and lasts until Ctrl-C",
+    )
+    run.add_argument(
+        "--fuse",
+        action="store_true",
+        help="mount the files of --sysfs on DIR, so that reads and writes fail with the errno of the kernel",
     )
     run.add_argument("--faults", metavar="PLAN.toml", help="the faults of this plan strike the machine (see `chaos`)")
     run.add_argument("--watch", action="store_true", help="show the machine while it runs, on stderr")

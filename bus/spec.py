@@ -38,9 +38,9 @@ class MemberState(msgspec.Struct, frozen=True):
 class MachineSpec(msgspec.Struct, frozen=True):
     """One machine. Directories are absolute; `memory_fd` is inherited; `images` are version 2 files, one an update.
 
-    `sysfs` is the directory for the files of the update's user interface, empty for none. `members` are those that are
-    not alive in their first incarnation at the time of the fork, which was after Lamport time `clock`. `buffers` are
-    the physical addresses, first and past the last, of what user space may hand to the kernel.
+    `sysfs` is the directory for the files of the update's user interface, empty for none; `fuse`: as a mount. `members`
+    are those that are not alive in their first incarnation at the time of the fork, which was after Lamport time
+    `clock`. `buffers` are the physical addresses, first and past the last, of what user space may hand to the kernel.
     """
 
     run_dir: str
@@ -59,6 +59,7 @@ class MachineSpec(msgspec.Struct, frozen=True):
     images: tuple[str, ...]
     trusted_signers: tuple[str, ...]
     sysfs: str = ""
+    fuse: bool = False
     members: tuple[MemberState, ...] = ()
     clock: int = 0
     buffers: tuple[int, int] = (0, 0)

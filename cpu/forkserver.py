@@ -3,8 +3,8 @@
 It is started first, on one end of a socketpair. The first message describes the machine, each further one asks for a
 process; the answer carries the child's pidfd, so that the launcher watches the very process that was made. The parent
 reaps its children and says how each ended. When the launcher is gone, however it went, the socketpair reads EOF: the
-parent then kills its children, waits for them, removes the directory of their sockets and leaves. Each child asks to be
-killed when the parent dies.
+parent then kills its children, waits for them, clears away what they left, removes the directory of their sockets and
+leaves. Each child asks to be killed when the parent dies.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ ALONE_S = 5.0
 """How long the threads of the warm-up may take to be gone."""
 
 Role = Callable[[MachineSpec, str, int], None]
+CleanUp = Callable[[MachineSpec], None]
 
 
 class Begin(msgspec.Struct, frozen=True, tag="begin"):
@@ -120,10 +121,12 @@ def die_with_parent(parent: int) -> None:
 class ForkServer:
     """The parent's loop."""
 
-    def __init__(self, sock: socket.socket, roles: dict[str, Role], socket_dir: str) -> None:
+    def __init__(self, sock: socket.socket, roles: dict[str, Role], socket_dir: str, clean_up: CleanUp) -> None:
         self.sock = sock
         self.roles = roles
         self.socket_dir = socket_dir
+        self.clean_up = clean_up
+        self.spec: MachineSpec | None = None
         self.children: dict[int, Spawn] = {}
         self.launcher_gone = False
         self.wake_read, self.wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -199,6 +202,7 @@ class ForkServer:
             self.sock.close()
             os.close(self.wake_read)
             os.close(self.wake_write)
+            assert self.spec is not None
             spec = msgspec.structs.replace(self.spec, members=request.members, clock=request.clock)
             self.roles[request.role](spec, request.node, request.incarnation)
             status = 0
@@ -220,6 +224,8 @@ class ForkServer:
             os.kill(pid, signal.SIGKILL)
         for pid in list(self.children):
             os.waitpid(pid, 0)
+        if self.spec is not None:
+            self.clean_up(self.spec)
         shutil.rmtree(self.socket_dir, ignore_errors=True)
 
 
@@ -229,8 +235,8 @@ def _in_short(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def main(fd: int, roles: dict[str, Role], socket_dir: str) -> None:
-    """Serve on the inherited socket `fd`."""
+def main(fd: int, roles: dict[str, Role], socket_dir: str, clean_up: CleanUp) -> None:
+    """Serve on the inherited socket `fd`; `clean_up` is called when no process of the machine is left."""
     sock = socket.socket(fileno=fd)
     warm_up()
-    ForkServer(sock, roles, socket_dir).serve()
+    ForkServer(sock, roles, socket_dir, clean_up).serve()

@@ -32,7 +32,8 @@ STAGING = ".staging"
 LONGEST_WRITE = 4096
 
 Show = Callable[[], Awaitable[str]]
-Store = Callable[[str], None]
+Store = Callable[[str], int]
+Access = Callable[[bool], int]
 
 
 class Inotify:
@@ -120,7 +121,9 @@ class Sheet:
 
 
 class LeasedFile:
-    """A file whose content is made when it is opened. `show` makes it; `store` takes each line written."""
+    """A file whose content is made when it is opened. `show` makes it, nothing if it raises `OSError`; `store` takes
+    each line written, whatever it returns.
+    """
 
     def __init__(self, tree: LeasedTree, path: Path, mode: int, show: Show, store: Store | None) -> None:
         self.tree = tree
@@ -144,10 +147,16 @@ class LeasedFile:
     async def _grant(self, sheet: Sheet) -> None:
         """A writer finds nothing, so that all in the file is what it wrote; a reader finds what is true now."""
         if not self._is_for_writer(sheet):
-            content = await self.show()
+            content = await self._content()
             if not self._is_for_writer(sheet):
                 sheet.write(content.encode())
         sheet.release()
+
+    async def _content(self) -> str:
+        try:
+            return await self.show()
+        except OSError:
+            return ""
 
     def _is_for_writer(self, sheet: Sheet) -> bool:
         sheet.writing = self.store is not None and sheet.awaited_for() == fcntl.F_UNLCK
@@ -184,11 +193,11 @@ class LeasedFile:
 class BufferFile:
     """A file that gathers what is written to it, at any offset, by whoever: one inode for good.
 
-    `written` is called some time after writes to it, or after it was emptied.
+    `access` is called some time after writes to it; if it refuses them, with a negative errno, all bytes are dropped.
     """
 
-    def __init__(self, tree: LeasedTree, path: Path, mode: int, written: Callable[[], None]) -> None:
-        self.written = written
+    def __init__(self, tree: LeasedTree, path: Path, mode: int, access: Access) -> None:
+        self.access = access
         self.leased = tree.new_sheet(path, mode, self)
         self._is_leased = True
 
@@ -201,8 +210,8 @@ class BufferFile:
 
     def event(self, sheet: Sheet, mask: int) -> None:
         """Closed by all: the next open has to wait again."""
-        if mask & IN_MODIFY:
-            self.written()
+        if mask & IN_MODIFY and self.size and self.access(True) < 0:
+            self.clear()
         if mask & CLOSED:
             self._lease_again()
 
@@ -228,6 +237,8 @@ class BufferFile:
 class LeasedTree:
     """A directory of such files, empty at first; made by `open_tree`."""
 
+    exact = False
+
     def __init__(self, root: Path, nursery: trio.Nursery) -> None:
         if (root / STAGING).is_dir():
             remove_tree(root)  # of one who was killed
@@ -247,11 +258,15 @@ class LeasedTree:
         self.files.append(file)
         return file
 
-    def buffer(self, path: str, mode: int, written: Callable[[], None]) -> BufferFile:
+    def buffer(self, path: str, mode: int, access: Access) -> BufferFile:
         """Add a gathering file at `path` under the root."""
-        file = BufferFile(self, self._place(path), mode, written)
+        file = BufferFile(self, self._place(path), mode, access)
         self.files.append(file)
         return file
+
+    def link(self, path: str, target: str) -> None:
+        """Add a link at `path` to `target`, both under the root."""
+        self._place(path).symlink_to(os.path.relpath(target, os.path.dirname(path)))
 
     def names(self) -> list[str]:
         """Paths of the files that can be opened now, under the root; links are not followed."""

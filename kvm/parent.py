@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import cpu.process
 import kvm.process
 import seamldr.service
 from bus.spec import MachineSpec
 from cpu import forkserver
 from kvm.personality import personality
+from kvm.sysfs import clear
 
 
 def cpu_role(spec: MachineSpec, node: str, incarnation: int) -> None:
@@ -22,6 +25,12 @@ ROLES: dict[str, forkserver.Role] = {
 }
 
 
+def clean_up(spec: MachineSpec) -> None:
+    """Leave no file of the machine under its `sysfs`, nor a mount."""
+    if spec.sysfs:
+        clear(Path(spec.sysfs))
+
+
 def main(fd: int, socket_dir: str) -> None:
     """Serve the launcher at the other end of the inherited socket `fd`."""
-    forkserver.main(fd, ROLES, socket_dir)
+    forkserver.main(fd, ROLES, socket_dir, clean_up)

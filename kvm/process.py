@@ -38,9 +38,8 @@ from bus.node import Node, join, shared_memory, until_terminated
 from bus.spec import LAUNCHER, MachineSpec, cpu_number
 from cpu.layout import KERNEL, TD_TABLE
 from cpu.struct import NONE
-from kvm.leased import remove_tree
 from kvm.syscalls import Syscalls, file_content
-from kvm.sysfs import serve_sysfs
+from kvm.sysfs import clear, serve_sysfs
 from kvm.tasks import Tasks
 from kvm.td_owner import TdOwner
 from kvm.vcpu import td_vcpu_of, vcpu_of
@@ -137,7 +136,8 @@ class KvmProcess(Syscalls):
             await self._warm_up()
             self.store(KERNEL.workload_began, monotonic_ns())
         if self.spec.sysfs:
-            async with serve_sysfs(Path(self.spec.sysfs), self, self.support()) as self.sysfs:
+            root, fuse = Path(self.spec.sysfs), self.spec.fuse
+            async with serve_sysfs(root, self, self.support(), fuse=fuse) as self.sysfs:
                 self.facts["sysfs"] = 1
                 await self._act_by_timeline()
             self.sysfs = None
@@ -160,7 +160,7 @@ class KvmProcess(Syscalls):
         elapsed, updates = monotonic_ns() - self.load(KERNEL.workload_began), self.load(KERNEL.workload_updates)
         self.emit("workload_resume", elapsed_ns=elapsed, tasks=len(self.tasks.live), updates=updates)
         if self.spec.sysfs:
-            remove_tree(Path(self.spec.sysfs))
+            clear(Path(self.spec.sysfs))
 
     async def _act_by_timeline(self) -> None:
         """Do what is due, until the time is over or the launcher says so; then let those end whose TDs are in build."""

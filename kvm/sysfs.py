@@ -4,9 +4,10 @@ Both names that the interface has had are there: those of the kernel as merged (
 `tdx_module`) and those of version 3 of the series, which the released client uses (`tdx_host/seamldr/version`, upload
 node `seamldr_upload`). They are two nodes of one device: each has its own upload, and the installs exclude each other.
 
-The files are leased (`kvm.leased`), so a read is answered when the file is opened: `seamldr_version` and
-`num_remaining_updates` perform one P-SEAMLDR call on some CPU for each open, as each read does in sysfs, and `status`
-is true after a write to `loading`. What a plain file cannot do is to fail a read or a write with an errno. Instead:
+The files are a mount of FUSE (`kvm.fuse_tree`), and then behave as those of sysfs to each errno; or they are plain and
+leased (`kvm.leased`), so that a read is answered when the file is opened: `seamldr_version` and `num_remaining_updates`
+perform one P-SEAMLDR call on some CPU for each open, as each read does in sysfs, and `status` is true after a write to
+`loading`. What a plain file cannot do is to fail a read or a write with an errno. Instead:
 
 * what would fail to read is not there: `version` while TDX is not initialized (-ENXIO), `error` while an upload runs
   (-EBUSY). An open of these that comes just before waits for the end of the update, and then reads.
@@ -19,15 +20,16 @@ from __future__ import annotations
 
 import errno
 import functools
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import trio
 
-from kvm.leased import LeasedFile, LeasedTree, Show, leases_work, open_tree, remove_tree
+from kvm.fuse import detach, is_disconnected, try_mount
+from kvm.fuse_tree import open_fuse_tree
+from kvm.leased import Access, Show, Store, leases_work, open_tree, remove_tree
 from seamldr.image import MAX_MODULE_PAGES, MAX_SIGSTRUCT_PAGES, PAGE, VERSION_1, ImageError, build_v2, parse
 from seamldr.structures import SeamldrInfo
 from seamldr.upload import PROFILES, NodeProfile, Stored, Support, Upload
@@ -74,10 +76,60 @@ class Host(Protocol):
         """Record that an image was refused before any CPU heard of it."""
 
 
+class File(Protocol):
+    """An attribute in a tree."""
+
+    def hide(self, hidden: bool) -> None:
+        """A read of it would fail now, or not."""
+
+    def push(self, content: str) -> None:
+        """What a read of it would find now."""
+
+
+class Buffer(Protocol):
+    """A file in a tree that gathers what is written to it."""
+
+    @property
+    def size(self) -> int:
+        """Bytes gathered."""
+
+    def read(self, count: int) -> bytes:
+        """The first bytes."""
+
+    def clear(self) -> None:
+        """Drop all bytes."""
+
+
+class Tree(Protocol):
+    """A directory that is being served. `exact`: a reader and a writer are told each errno, at once.
+
+    What `show` returns is read, or it raises `OSError`; `store` and `access` return 0 or a negative errno, the latter
+    for a write if it is called with True, else for a read. Paths are under the root.
+    """
+
+    nursery: trio.Nursery
+
+    @property
+    def exact(self) -> bool:
+        """See above."""
+
+    def file(self, path: str, mode: int, show: Show, store: Store | None = None) -> File:
+        """Add an attribute."""
+
+    def buffer(self, path: str, mode: int, access: Access) -> Buffer:
+        """Add a gathering file."""
+
+    def link(self, path: str, target: str) -> None:
+        """Add a symbolic link."""
+
+    def names(self) -> list[str]:
+        """Paths of the files that can be opened now; links are not followed."""
+
+
 class UploadNode:
     """The files of one upload node, and its worker."""
 
-    def __init__(self, tree: LeasedTree, profile: NodeProfile, host: Host, changed: Callable[[], None]) -> None:
+    def __init__(self, tree: Tree, profile: NodeProfile, host: Host, changed: Callable[[], None]) -> None:
         self.core = core = Upload(profile)
         self.host = host
         self._tree = tree
@@ -85,7 +137,7 @@ class UploadNode:
         self._idle = trio.Event()
         self._recorded: tuple[object, ...] = ()
         self._base = f"{DEVICE}/firmware/{profile.node}"
-        self.data = tree.buffer(f"{self._base}/data", 0o644, self._data_written)
+        self.data = tree.buffer(f"{self._base}/data", 0o644, self._access_data)
         loading = self._readable("loading", _sync(core.show_loading))
         self._loading = tree.file(f"{self._base}/loading", 0o644, loading, self._store_loading)
         tree.file(f"{self._base}/cancel", 0o200, _sync(lambda: ""), self._store_cancel)
@@ -98,10 +150,10 @@ class UploadNode:
     def _readable(self, name: str, show: Show) -> Show:
         return readable(self.host, f"{self._base}/{name}", show)
 
-    def _read_only(self, name: str, show: Show) -> LeasedFile:
+    def _read_only(self, name: str, show: Show) -> File:
         return self._tree.file(f"{self._base}/{name}", 0o444, self._readable(name, show))
 
-    def _store_loading(self, text: str) -> None:
+    def _store_loading(self, text: str) -> int:
         if self.core.data_is_accessible:
             self.core.store_data(0, self.data.size)
         stored = self.core.store_loading(text)
@@ -113,17 +165,18 @@ class UploadNode:
         if stored.started or self.core.size == 0:
             self.data.clear()
         self._publish()
+        return stored.errno
 
-    def _store_cancel(self, text: str) -> None:
-        self._note("cancel", text, self.core.store_cancel(text))
+    def _store_cancel(self, text: str) -> int:
+        return self._note("cancel", text, self.core.store_cancel(text))
 
-    def _data_written(self) -> None:
-        """What is written while an upload has the data is lost."""
-        if not self.core.data_is_accessible and self.data.size:
-            self._note("data", "", self.core.store_data(0, self.data.size))
-            self.data.clear()
+    def _access_data(self, writing: bool) -> int:
+        """Whether nobody but an upload has the data: 0 or a negative errno. A write that fails is on record."""
+        stored = self.core.store_data(0, 0)
+        return self._note("data", "", stored) if writing and stored.errno else stored.errno
 
-    def _note(self, file: str, text: str, stored: Stored) -> None:
+    def _note(self, file: str, text: str, stored: Stored) -> int:
+        """Put a write on record; its errno."""
         value = text[:LONGEST_VALUE]
         self.host.emit("sysfs_write", path=f"{self._base}/{file}", value=value, errno=stored.errno)
         name = f"firmware {self.core.profile.node}"
@@ -131,9 +184,12 @@ class UploadNode:
             self.host.log(f"{name}: {stored.log}")
         if stored.errno:
             self.host.log(f"{name}: a write to {file} returns -{errno.errorcode[-stored.errno]}")
+        return stored.errno
 
     async def _show_error(self) -> str:
         while (error := self.core.show_error()) is None:
+            if self._tree.exact:
+                raise OSError(errno.EBUSY, "an upload runs")
             await self._idle.wait()
         return error
 
@@ -214,20 +270,20 @@ def _reframed(image: bytes) -> bytes:
 class SysfsTree:
     """All files of the device."""
 
-    def __init__(self, tree: LeasedTree, host: Host, support: Support) -> None:
+    def __init__(self, tree: Tree, host: Host, support: Support) -> None:
         self.tree = tree
         self.host = host
         self._version = self._attribute("version", 0o444, self._show_version)
         if support.update_supported:
             for profile in PROFILES:
                 UploadNode(tree, profile, host, self.refresh)
+                tree.link(f"{CLASS}/{profile.node}", f"{DEVICE}/firmware/{profile.node}")
             self._firmware_attributes()
-            self._links()
         self.refresh()
         sysinfo, erratum = int(support.sysinfo), int(support.erratum)
         host.emit("sysfs_tree", sysinfo=sysinfo, features0=support.features0, erratum=erratum, files=tree.names())
 
-    def _attribute(self, name: str, mode: int, show: Show) -> LeasedFile:
+    def _attribute(self, name: str, mode: int, show: Show) -> File:
         return self.tree.file(f"{DEVICE}/{name}", mode, readable(self.host, f"{DEVICE}/{name}", show))
 
     def _firmware_attributes(self) -> None:
@@ -237,15 +293,8 @@ class SysfsTree:
             self._attribute(version, mode, functools.partial(self._show_seamldr_version, profile))
             self._attribute(remaining, mode, functools.partial(self._show_remaining_updates, profile))
 
-    def _links(self) -> None:
-        directory = self.tree.root / CLASS
-        directory.mkdir(parents=True)
-        for profile in PROFILES:
-            target = self.tree.root / DEVICE / "firmware" / profile.node
-            (directory / profile.node).symlink_to(os.path.relpath(target, directory))
-
     def refresh(self) -> None:
-        """`version` is there if and only if it can be read."""
+        """A plain `version` is there if and only if it can be read."""
         version = self.host.version()
         self._version.hide(version is None)
         self._version.push(f"{version}\n" if version else "")
@@ -272,15 +321,15 @@ class SysfsTree:
 
 
 def readable(host: Host, path: str, show: Show) -> Show:
-    """`show` with a record of each reading; one that raises `OSError` leaves nothing to read."""
+    """`show` with a record of each reading, also of one that raises `OSError`."""
 
     async def shown() -> str:
-        text, failed = "", 0
         try:
             text = await show()
         except OSError as error:
-            failed = -(error.errno or errno.EIO)
-        host.emit("sysfs_read", path=path, value=text.rstrip("\n"), errno=failed)
+            host.emit("sysfs_read", path=path, value="", errno=-(error.errno or errno.EIO))
+            raise
+        host.emit("sysfs_read", path=path, value=text.rstrip("\n"), errno=0)
         return text
 
     return shown
@@ -294,9 +343,10 @@ def _sync(show: Callable[[], str]) -> Callable[[], Awaitable[str]]:
 
 
 @asynccontextmanager
-async def serve_sysfs(root: Path, host: Host, support: Support) -> AsyncIterator[SysfsTree]:
-    """The tree under the empty directory `root` until the block ends; then `root` is empty again."""
-    async with open_tree(root) as tree:
+async def serve_sysfs(root: Path, host: Host, support: Support, *, fuse: bool = False) -> AsyncIterator[SysfsTree]:
+    """The tree under the empty directory `root`, or mounted on it, until the block ends; then `root` is empty again."""
+    opened: AbstractAsyncContextManager[Tree] = open_fuse_tree(root) if fuse else open_tree(root)
+    async with opened as tree:
         yield SysfsTree(tree, host, support)
 
 
@@ -307,25 +357,48 @@ def sysfs_directory(root: Path) -> Iterator[None]:
     """
     existed = root.exists()
     root.mkdir(mode=0o700, exist_ok=True)
+    root = root.resolve()
     try:
         yield
     finally:
-        remove_tree(root)
+        clear(root)
         if not existed:
             with suppress(OSError):
                 root.rmdir()
 
 
-def check_sysfs_dir(path: Path) -> None:
-    """Whether the tree can be made at `path`, which does not exist or is empty; raises `SysfsError`."""
+def clear(root: Path) -> None:
+    """Unmount and remove what is left of a tree, also of one whose machine was killed. `root` leads over no link."""
+    detach(root)
+    remove_tree(root)
+
+
+def check_sysfs_dir(path: Path, *, fuse: bool = False) -> None:
+    """Whether the tree can be made at `path`, or mounted there; raises `SysfsError`.
+
+    It does not exist or is empty. A mount that a killed machine has left there is taken away.
+    """
     try:
+        if is_disconnected(path):
+            detach(path.resolve())
         if path.exists() or path.is_symlink():
             if not path.is_dir() or any(path.iterdir()):
                 raise SysfsError(f"sysfs directory {path} exists and is not an empty directory")
             place = path
         else:
             place = path.parent
-        if not leases_work(place):
+        if fuse:
+            _check_mount(path)
+        elif not leases_work(place):
             raise SysfsError(f"sysfs directory {path}: its file system has no leases (fcntl F_SETLEASE); try /tmp")
     except OSError as error:
         raise SysfsError(f"sysfs directory {path} cannot be made: {error.strerror}") from None
+
+
+def _check_mount(path: Path) -> None:
+    try:
+        try_mount()
+    except OSError as error:
+        why = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        advice = "use --sysfs DIR without --fuse, or be root, or install fusermount3"
+        raise SysfsError(f"--fuse: nothing can be mounted on {path} ({why}); {advice}") from None

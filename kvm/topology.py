@@ -30,7 +30,8 @@ class TopologyError(ValueError):
 
 class Topology(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One run. `module` is an image file for the updates, made on the spot if None; `seconds` the length of the
-    workload; `sysfs` a new or empty directory for the files of the update's user interface, if wanted.
+    workload; `sysfs` a new or empty directory for the files of the update's user interface, if wanted; `fuse`: they
+    are a mount of FUSE.
     """
 
     cpus: int = 4
@@ -47,6 +48,7 @@ class Topology(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     residence_us: int = 300
     grace_s: float = 10.0
     sysfs: str | None = None
+    fuse: bool = False
 
     def validate(self) -> None:
         """Raises `TopologyError` or `StrategyError`."""
@@ -64,7 +66,9 @@ class Topology(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise TopologyError("a machine needs at least one vCPU or TD")
         find_strategy(self.strategy)
         if self.sysfs is not None:
-            check_sysfs_dir(Path(self.sysfs))
+            check_sysfs_dir(Path(self.sysfs), fuse=self.fuse)
+        elif self.fuse:
+            raise TopologyError("--fuse needs a directory: --sysfs DIR")
 
     def make_run_dir(self) -> Path:
         """Create the directory for records and summary, for its owner alone; raises `TopologyError` if it is in use."""
@@ -142,7 +146,8 @@ def machine_spec(
         boot_image=images.boot,
         images=images.planned,
         trusted_signers=images.signers,
-        sysfs=str(Path(topology.sysfs).absolute()) if topology.sysfs is not None else "",
+        sysfs=str(Path(topology.sysfs).resolve()) if topology.sysfs is not None else "",
+        fuse=topology.fuse,
         buffers=(BUFFERS, BUFFERS_END),
     )
 

@@ -139,7 +139,7 @@ async def test_a_buffer_gathers_what_all_write(tmp_path: Path) -> None:
             os.close(fd)
 
     async with open_tree(tmp_path) as tree:
-        data = tree.buffer("devices/data", 0o644, lambda: None)
+        data = tree.buffer("devices/data", 0o644, lambda writing: 0)
         await client(write)
         assert (data.size, data.read(100)) == (8, b"abcdefgh")
         data.clear()

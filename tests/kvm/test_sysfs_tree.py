@@ -10,92 +10,19 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from errno import EBUSY, EINVAL, EIO, ENODEV, ENOSPC, ENXIO
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pytest
 import trio
 import trio.testing
+from sysfs_host import SUPPORTED, V1, V2, FakeHost
 
 from bus.judge import judge_records
-from bus.records import Record, complaint
-from kvm.stepped import module
-from kvm.sysfs import SysfsError, check_sysfs_dir, serve_sysfs, sysfs_directory
-from seamldr.image import build_v1, build_v2
-from seamldr.structures import SeamldrInfo
+from kvm.sysfs import CLASS, DEVICE, SysfsError, check_sysfs_dir, serve_sysfs, sysfs_directory
 from seamldr.upload import Support, Upload
 
 T = TypeVar("T")
-DEVICE, CLASS = "devices/faux/tdx_host", "class/firmware"
 NODES = ("tdx_module", "seamldr_upload")
-
-
-class FakeHost:
-    """A kernel with 7 updates left. `gate` set: installs go on."""
-
-    def __init__(self) -> None:
-        self.info = (0, 7)
-        self.result = 0
-        self.running: str | None = "1.5.08"
-        self.online = True
-        self.gate = trio.Event()
-        self.gate.set()
-        self.installed: list[bytes] = []
-        self.refused: list[int] = []
-        self.lines: list[str] = []
-        self.calls = 0
-        self.lock = trio.Lock()
-        self.records: list[Record] = []
-
-    async def seamldr_info(self) -> tuple[int, SeamldrInfo | None]:
-        """One call."""
-        self.calls += 1
-        errno, remaining = self.info
-        seamextend = SeamldrInfo.decode(bytes(256)).seamextend
-        info = SeamldrInfo(0, 0, 0x8086, 0, 0, 5, 1, 2, 0, remaining, seamextend, 0)
-        return errno, None if errno else info
-
-    async def install(self, image: bytes, length: int) -> int:
-        """As long as the gate is shut."""
-        async with self.lock:
-            await self.gate.wait()
-            self.installed.append(image)
-            if not self.result:
-                self.runs("1.5.09")
-            return self.result
-
-    def runs(self, version: str | None) -> None:
-        """This module runs now, or none does."""
-        self.running = version
-        self.emit("module_init_flag", initialized=int(version is not None), version=version or "1.5.08")
-
-    async def settled(self) -> None:
-        """When no install runs."""
-        async with self.lock:
-            pass
-
-    def version(self) -> str | None:
-        """Of the module."""
-        return self.running
-
-    def all_online(self) -> bool:
-        """All CPUs."""
-        return self.online
-
-    def emit(self, event: str, /, **fields: Any) -> int:
-        """Kept, if it is as the event table says."""
-        at = len(self.records) + 1
-        record = {"ts": at, "clock": at, "node": "kvm", "pid": 1, "seq": at, "event": event, **fields}
-        assert complaint(record) is None
-        self.records.append(record)
-        return at
-
-    def log(self, text: str) -> None:
-        """Kept."""
-        self.lines.append(text)
-
-    def refuse(self, error: int, why: str) -> None:
-        """Kept."""
-        self.refused.append(error)
 
 
 class Client:
@@ -144,9 +71,6 @@ def _write(path: Path, data: bytes) -> None:
         os.close(fd)
 
 
-SUPPORTED = Support(sysinfo=True, features0=0b10, erratum=False)
-
-
 @asynccontextmanager
 async def tree(
     root: Path, host: FakeHost, support: Support = SUPPORTED, *, broken: tuple[str, ...] = ()
@@ -158,7 +82,6 @@ async def tree(
     assert tuple(violation.invariant for violation in judge_records(host.records).violations) == broken
 
 
-V1, V2 = build_v1(module("1.5.09")), build_v2(module("1.5.09"))
 IMAGE = {"tdx_module": V2, "seamldr_upload": V1}
 
 
