@@ -110,7 +110,7 @@ class Shadow:
             cpu = self.cpu(node)
             if cpu.pid != record["pid"]:
                 if cpu.pid:
-                    self._restart(cpu)
+                    cpu = self._restart(cpu)
                 cpu.pid = record["pid"]
 
     def apply(self, record: Record) -> None:
@@ -119,7 +119,7 @@ class Shadow:
         if handler is not None:
             handler(record)
 
-    def _restart(self, cpu: CpuShadow) -> None:
+    def _restart(self, cpu: CpuShadow) -> CpuShadow:
         for vmcs in list(cpu.active):
             self._deactivate(cpu, vmcs)
             self.v(vmcs).launched = None
@@ -131,6 +131,7 @@ class Shadow:
             del self.calls[call]
         for lock in self.locks.values():
             lock.held.pop(cpu.node, None)
+        return fresh
 
     def _deactivate(self, cpu: CpuShadow, vmcs: int) -> None:
         cpu.active.discard(vmcs)

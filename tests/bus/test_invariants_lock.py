@@ -242,6 +242,14 @@ def test_a_withdrawn_request_is_no_request() -> None:
     assert run.write("cpu_online").finish().violated() == set()
 
 
+def test_every_new_process_of_a_cpu_begins_anew() -> None:
+    """I50 asks for no grant to a dead process, also if it was not the first on its CPU."""
+    run = Run().cpu(0).write("cpu_online")
+    for incarnation in (2, 3, 4):
+        run.lock_request(1).exit("cpu0", **DEAD).online("cpu0", incarnation).cpu(0).new_process().write("cpu_online")
+    assert run.finish().violated() == set()
+
+
 def test_a_lock_that_the_kernel_took_back_has_no_holder() -> None:
     """A release seen by the service alone frees the lock, as when a strategy left it held."""
     run = Run().cpu(0).lock_request(1).lock_hold(1, 1).node("seamldr").release(0, 1)
