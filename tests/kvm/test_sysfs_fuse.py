@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -19,7 +20,7 @@ import trio
 import trio.testing
 from live import parent_of, runs, small
 from sysfs_host import SUPPORTED, V1, V2, FakeHost
-from sysfs_machine import PATIENCE_S, Live, live
+from sysfs_machine import PATIENCE_S, Live, last_argument, live
 
 import kvm.fuse
 import launcher
@@ -411,6 +412,7 @@ def test_the_next_run_takes_away_what_all_have_left(tmp_path: Path) -> None:
     (tmp_path / "first" / "sys").symlink_to(tmp_path / "sys")
     with live(tmp_path / "first", *SMALL) as machine:
         cpu = machine.pid("cpu0")
+        sockets = last_argument(cpu)
         assert stat.S_ISDIR(machine.root.stat().st_mode)  # the kernel keeps that
         for pid in (parent_of(cpu), machine.process.pid):
             os.kill(pid, signal.SIGSTOP)
@@ -418,6 +420,7 @@ def test_the_next_run_takes_away_what_all_have_left(tmp_path: Path) -> None:
             os.kill(pid, signal.SIGKILL)
         machine.process.wait(PATIENCE_S)
         _wait_for_end(cpu)
+        shutil.rmtree(sockets)
     while _errno_of_listing(tmp_path / "sys") != ENOTCONN:
         pass
     with live(tmp_path, *SMALL) as machine:

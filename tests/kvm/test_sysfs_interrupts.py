@@ -38,13 +38,15 @@ def test_a_stuck_update_does_not_need_a_second_ctrl_c(tmp_path: Path) -> None:
         remnants = Remnants(machine)
         os.kill(machine.pid("cpu1"), signal.SIGSTOP)
         node = start_upload(machine)
-        assert (node / "status").read_text() in ("preparing\n", "transferring\n")
+        deadline = time.monotonic() + PATIENCE_S
+        while (status := (node / "status").read_text()) != "transferring\n":  # until then `version` can be read
+            assert status == "preparing\n" and time.monotonic() < deadline
         version = machine.root / "devices/faux/tdx_host/version"
         reader = subprocess.Popen(["cat", str(version)], stdout=subprocess.PIPE)  # waits for the end of the update
-        status, summary = machine.interrupt()
+        exit_status, summary = machine.interrupt()
         assert reader.communicate(timeout=PATIENCE_S) == (b"", None)
         assert remnants.are_gone()
-    assert (status, summary["verdict"], summary["violations"]) == (UNFINISHED, "incomplete", [])
+    assert (exit_status, summary["verdict"], summary["violations"]) == (UNFINISHED, "incomplete", [])
     (end,) = machine.records("launcher", "machine_end")
     assert end["finished"] == 0 and "within" in end["why"]
 
