@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from msgspec import Meta
+
+Clock = Annotated[int, Meta(ge=0, lt=2**62)]
+"""A Lamport time that leaves room: whoever hears of it goes on counting from there."""
+
 
 class LamportClock:
     """The logical clock of one process.

@@ -12,6 +12,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from bus.clock import Clock
 from bus.linkfaults import MAX_RULES, LinkRule
 
 MAX_FRAME = 64 * 1024
@@ -26,8 +27,6 @@ U8 = Annotated[int, Meta(ge=0, lt=256)]
 U32 = Annotated[int, Meta(ge=0, lt=2**32)]
 U64 = Annotated[int, Meta(ge=0)]
 """msgspec cannot bound by 2**64; msgpack itself holds no longer integer."""
-Clock = Annotated[int, Meta(ge=0, lt=2**62)]
-"""A Lamport time that leaves room: whoever hears of it goes on counting from there."""
 CpuNumber = Annotated[int, Meta(ge=0, lt=4096)]
 
 

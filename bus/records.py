@@ -18,7 +18,7 @@ import msgspec
 import structlog
 from msgspec import Meta
 
-from bus.clock import LamportClock
+from bus.clock import Clock, LamportClock
 from bus.events import EVENTS
 
 Record = dict[str, Any]
@@ -33,7 +33,7 @@ class _Place(msgspec.Struct):
     """Where a record stands, as a process that goes on from there has to know it."""
 
     seq: Annotated[int, Meta(ge=0, lt=2**62)]
-    clock: Annotated[int, Meta(ge=0, lt=2**62)]
+    clock: Clock
 
 
 class Stamp:

@@ -22,7 +22,7 @@ from bus.report import console_for, print_invariants, print_run
 from bus.report_differences import differences_as_dict, print_differences
 from bus.snapshot import RunError, making_sense
 from bus.sql import QueryError, open_database
-from kvm.reading import Reading
+from kvm.reading import Reading, busy
 from kvm.sql_command import add_sql_arguments, ask, list_queries
 from kvm.summary import SAFE, Summary, exit_status, summarize, write_summary
 
@@ -179,7 +179,7 @@ def _compare(arguments: argparse.Namespace, a: Path, b: Path) -> int:
 
 
 def _side(run_dir: Path) -> Side:
-    with open_database(run_dir, Notes()) as database:
+    with busy("loading the records"), open_database(run_dir, Notes()) as database:
         samples = database.samples()
     return Side(summarize(_judgement(run_dir), run_dir), samples)
 

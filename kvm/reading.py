@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -14,6 +15,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 PATIENCE_S = 2.0
 """Nothing is said before this much time has passed; where there is no terminal, then not more often."""
 MEGABYTE = 1_000_000
+
+
+@contextmanager
+def busy(what: str) -> Iterator[None]:
+    """Says so on a terminal until the block ends, where nobody can tell how far it is."""
+    with Console(stderr=True).status(what) if sys.stderr.isatty() else nullcontext():
+        yield
 
 
 class Reading:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
@@ -13,6 +14,7 @@ from bus.merge import Notes
 from bus.queries import QUERIES, query_text
 from bus.report import console_for
 from bus.sql import Answer, Database, QueryError, open_database
+from kvm.reading import busy
 
 FORMATS = ("table", "csv", "json", "parquet")
 
@@ -42,7 +44,9 @@ def ask(arguments: argparse.Namespace, run_dir: Path) -> None:
     if out is not None and out.is_relative_to(run_dir / "records"):
         raise QueryError(f"{out} is among the records of the run; write somewhere else")
     notes, part = Notes(), out.with_name(f".{out.name}.part") if out and wanted == "parquet" else None
-    with open_database(run_dir, notes, part) as database:
+    with ExitStack() as stack:
+        with busy("loading the records"):
+            database = stack.enter_context(open_database(run_dir, notes, part))
         for sentence in notes.sentences:
             print(f"seamlab: note: {sentence}", file=sys.stderr)
         if out is not None and part is not None:
@@ -65,7 +69,8 @@ def _write_parquet(database: Database, query: str, part: Path, out: Path) -> Non
 
 
 def _show(database: Database, query: str, wanted: str, out: Path | None) -> None:
-    answer = database.ask(query, TABLE_ROWS + 1 if wanted == "table" else None)
+    with busy("asking the records"):
+        answer = database.ask(query, TABLE_ROWS + 1 if wanted == "table" else None)
     if out is None:
         _print(sys.stdout, answer, wanted)
         return

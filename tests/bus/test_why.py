@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from history import INSTALL, SECOND, Run
+from history import INSTALL, SECOND, Run, save
 from rich.console import Console
 
 from bus.report_why import nodes_text, print_why, why_as_dict
@@ -354,15 +354,6 @@ def test_nodes_in_short() -> None:
 
 
 # Run directories
-
-
-def save(run: Run, folder: Path) -> Path:
-    """Write the history as the files of a run."""
-    (folder / "records").mkdir()
-    for record in run.records:
-        with (folder / "records" / f"{record['node']}.jsonl").open("ab") as file:
-            file.write(msgspec.json.encode(record) + b"\n")
-    return folder
 
 
 def test_a_machine_is_shown_as_it_stood_at_its_end(tmp_path: Path) -> None:
